@@ -1,0 +1,197 @@
+"""The data sets of the book: what each is, where it lies, and whether its files are the right ones.
+
+Embedded data comes with a library and is always there. Real data lies in a cache folder, ``PREDOC_DATA`` or the user's
+cache directory, and every file of it is checked against its known size and sha256 before it is used.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import functools
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pooch
+
+
+class DataError(ValueError):
+    """Data that is unknown, absent or damaged: the message says what was expected and how to get it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSet:
+    """One data set: embedded if ``content`` gives its bytes, else real, with ``files`` that ``download`` fetches."""
+
+    what: str
+    licence: str
+    content: Callable[[], bytes] | None = None
+    files: Mapping[str, tuple[int, str]] = dataclasses.field(default_factory=dict)
+    """Path below ``root()`` -> (bytes, sha256)."""
+    download: Callable[[Path], object] | None = None
+    """Puts the files below the folder it is given, in any order: ``fetch`` moves them in when all are verified."""
+    instead: str = ""
+    """The embedded data set to use where this one is absent."""
+
+
+def _digits() -> bytes:
+    import sklearn.datasets  # half a second: only where the data itself is wanted
+
+    images, labels = sklearn.datasets.load_digits(return_X_y=True)
+    return images.astype("uint8").tobytes() + labels.astype("uint8").tobytes()
+
+
+def _download_mnist(folder: Path) -> None:
+    import torchvision
+
+    torchvision.datasets.MNIST(folder, download=True)
+
+
+DATASETS: dict[str, DataSet] = {
+    "digits": DataSet("1,797 handwritten digits, 8 x 8 (scikit-learn's load_digits)", "CC BY 4.0", _digits),
+    "mnist": DataSet(
+        "MNIST, 70,000 handwritten digits, 28 x 28",
+        "CC BY-SA 3.0",
+        files={
+            "MNIST/raw/train-images-idx3-ubyte": (
+                47_040_016,
+                "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+            ),
+            "MNIST/raw/train-labels-idx1-ubyte": (
+                60_008,
+                "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+            ),
+            "MNIST/raw/t10k-images-idx3-ubyte": (
+                7_840_016,
+                "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+            ),
+            "MNIST/raw/t10k-labels-idx1-ubyte": (
+                10_008,
+                "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+            ),
+        },
+        download=_download_mnist,
+        instead="digits",
+    ),
+}
+
+
+def root() -> Path:
+    """The folder of the real data: ``PREDOC_DATA``, or the user's cache directory."""
+    return Path(os.environ.get("PREDOC_DATA") or pooch.os_cache("predoc")).expanduser()
+
+
+def require(name: str) -> Path:
+    """Return the folder below which the verified files of a data set lie (for embedded data, ``root()``, unused).
+
+    Raises:
+        DataError: unknown data set, or its files are absent or damaged.
+    """
+    entry, folder = _entry(name), root()
+    missing = _missing(entry, folder)
+    if missing:
+        raise DataError(
+            f"{name} ({entry.what}) is not there: {folder / missing[0]}"
+            f"{f' and {len(missing) - 1} more' if missing[1:] else ''} not found. "
+            f"Fetch it with `predoc data {name}`, or name the folder that has {missing[0]} in PREDOC_DATA, "
+            f"or use the embedded {entry.instead!r} instead."
+        )
+    _verify(name, entry, folder)
+    return folder
+
+
+def fetch(name: str) -> Path:
+    """Download the files of a data set if they are absent or damaged, verify them, and return ``require(name)``.
+
+    Raises:
+        DataError: unknown data set, no connection, no room, or what came is not what was expected.
+    """
+    entry, folder = _entry(name), root()
+    with contextlib.suppress(DataError):
+        return require(name)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # Beside its destination, so that the last step is a rename: no half-written file ever has the right name.
+        with tempfile.TemporaryDirectory(dir=folder, prefix=f"fetching-{name}-") as temporary:
+            entry.download(Path(temporary))
+            _verify(name, entry, Path(temporary))
+            for file in entry.files:
+                (folder / file).parent.mkdir(parents=True, exist_ok=True)
+                os.replace(Path(temporary) / file, folder / file)
+    except (OSError, RuntimeError) as error:  # torchvision raises RuntimeError when every mirror fails
+        reason = " ".join(str(error).split())
+        raise DataError(
+            f"{name} could not be fetched into {folder}: {reason}. Put its files there by hand "
+            f"({', '.join(entry.files)}), or use the embedded {entry.instead!r} instead."
+        ) from error
+    return require(name)
+
+
+def checksum(name: str) -> str:
+    """sha256 of a data set: of the arrays if it is embedded, else of the list of its files' own sha256.
+
+    Raises:
+        DataError: unknown data set, or its files are absent or damaged.
+    """
+    entry = _entry(name)
+    require(name)
+    listed = "".join(f"{digest}  {file}\n" for file, (_, digest) in sorted(entry.files.items()))
+    return hashlib.sha256(entry.content() if entry.content else listed.encode()).hexdigest()
+
+
+def status() -> list[dict[str, str]]:
+    """One row a data set: name, state, size, where (below ``root()``), what, licence, and the problem, if any."""
+    rows = []
+    for name, entry in DATASETS.items():
+        problem = ""
+        if entry.content:
+            state, size, where = "embedded", len(entry.content()), "scikit-learn"
+        else:
+            state, size = "present, verified", sum(size for size, _ in entry.files.values())
+            where = os.path.commonpath(entry.files)
+            try:
+                require(name)
+            except DataError as error:
+                state, problem = "absent" if _missing(entry, root()) else "corrupt", str(error)
+        size = f"{size / 1e6:.1f} MB"
+        row = {"name": name, "state": state, "size": size, "where": where, "what": entry.what, "licence": entry.licence}
+        rows.append(row | {"problem": problem})
+    return rows
+
+
+def _entry(name: str) -> DataSet:
+    if name not in DATASETS:
+        near = difflib.get_close_matches(name, DATASETS, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise DataError(f"Unknown data set {name!r}.{hint} Valid: {', '.join(DATASETS)}.")
+    return DATASETS[name]
+
+
+def _missing(entry: DataSet, folder: Path) -> list[str]:
+    return [file for file in entry.files if not (folder / file).is_file()]
+
+
+def _verify(name: str, entry: DataSet, folder: Path) -> None:
+    """Raise DataError for the first file that is not what it should be."""
+    for file, (size, digest) in entry.files.items():
+        path = folder / file
+        try:
+            found = path.stat()
+            wrong = f"{found.st_size:,} bytes, expected {size:,}" if found.st_size != size else ""
+            if not wrong and (sha256 := _sha256(path, found.st_size, found.st_mtime_ns)) != digest:
+                wrong = f"sha256 {sha256}, expected {digest}"
+        except OSError as error:
+            wrong = error.strerror
+        if wrong:
+            raise DataError(
+                f"{path} is damaged and was not used: {wrong}. Fetch {name} again with `predoc data {name}`, "
+                f"or use the embedded {entry.instead!r} instead."
+            )
+
+
+@functools.cache  # a file is hashed once a process, unless it changes
+def _sha256(path: Path, size: int, modified: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

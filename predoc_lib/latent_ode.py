@@ -1,0 +1,232 @@
+"""Video in continuous time: a recurrent encoder, a Neural ODE in latent space, a decoder (report, chapter 4).
+
+z_0 ~ q(z_0 | C)              the encoder reads the context C = {(x_i, t_i)} backwards in time    eq. 4.1
+z(t) = z_0 + int_t0^t f(z)    the Neural ODE                                                      eq. 4.2
+x(t) ~ p(x | z(t))            the decoder, each frame for itself                                  eq. 4.3
+"""
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.distributions import Normal, kl_divergence
+
+from predoc_lib.ode import NeuralODE
+from predoc_lib.video_nets import FrameEncoder, FramePainter, ObjectEncoder, ObjectPainter
+
+LIKELIHOODS = ("bernoulli", "gaussian")
+LAYOUTS = ("objects", "plain")
+GAUSSIAN_SCALE = 0.1  # standard deviation of a pixel's brightness under the Gaussian likelihood
+SMALLEST = 1e-4  # probabilities stay this far from 0 and 1, so that one wrong pixel costs a finite number of nats
+
+
+class Field(nn.Module):
+    """f(t, s) of eq. 4.2, [B, K, state] -> [B, K, state]: the same at all times and for every object.
+
+    With ``kinematic``, s = (position, velocity, rest): the position changes by the velocity, the rest is learned.
+    """
+
+    SPEED = 0.2  # a velocity of 1 crosses a tenth of the canvas in a unit of time: latents keep the size of N(0, 1)
+
+    def __init__(self, state: int, width: int, kinematic: bool) -> None:
+        super().__init__()
+        self.kinematic = kinematic
+        self.net = nn.Sequential(
+            nn.Linear(state, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, state)
+        )
+
+    def forward(self, t: Tensor, s: Float[Tensor, "*batch state"]) -> Float[Tensor, "*batch state"]:
+        """ds/dt."""
+        ds = self.net(s)
+        return torch.cat([self.SPEED * s[..., 2:4], ds[..., 2:]], -1) if self.kinematic else ds
+
+
+class LatentODE(nn.Module):
+    """A variational autoencoder of whole videos whose latent moves by a Neural ODE.
+
+    Args:
+        frame: (H, W), pixels; both even, at least 8.
+        channels: C of a frame.
+        objects: K, how many things move (layout "objects").
+        layout: "objects": the latent is, for each object, a state that the ODE moves (position, velocity, rest) and a
+            content that stays; the decoder draws the content at the position. "plain": one unstructured state, a
+            convolutional encoder and decoder of whole frames, as in the report.
+        state: numbers an object's state has (layout "plain": the whole latent has).
+        content: numbers an object's content has (layout "objects").
+        width: of the hidden layers.
+        likelihood: of a pixel: "bernoulli", or "gaussian" with standard deviation 0.1.
+        kl_weight: of the KL term of eq. 4.4; 1 is the ELBO.
+        method, rtol, atol, step_size, adjoint: of the ``NeuralODE``; times are in the user's unit (frames in the book).
+
+    Raises:
+        ValueError: an option that is not valid.
+    """
+
+    def __init__(
+        self,
+        frame: tuple[int, int],
+        channels: int = 1,
+        *,
+        objects: int = 1,
+        layout: str = "objects",
+        state: int = 8,
+        content: int = 32,
+        width: int = 128,
+        likelihood: str = "bernoulli",
+        kl_weight: float = 1.0,
+        method: str = "rk4",
+        rtol: float = 1e-4,
+        atol: float = 1e-4,
+        step_size: float = 1.0,
+        adjoint: bool = False,
+    ) -> None:
+        super().__init__()
+        if layout not in LAYOUTS or likelihood not in LIKELIHOODS:
+            raise ValueError(
+                f"layout must be one of {LAYOUTS} and likelihood one of {LIKELIHOODS}, got {layout!r}, {likelihood!r}."
+            )
+        if min(frame) < 8 or frame[0] % 2 or frame[1] % 2:
+            raise ValueError(f"Frames must have even sides of at least 8 pixels, got {frame}.")
+        self.frame, self.channels, self.likelihood, self.kl_weight = tuple(frame), channels, likelihood, kl_weight
+        if layout == "objects":
+            self.encoder = ObjectEncoder(self.frame, channels, objects, state, content, width)
+            self.decoder = ObjectPainter(self.frame, channels, content, width)
+        else:
+            objects, content = 1, 0
+            self.encoder = FrameEncoder(self.frame, channels, state, width)
+            self.decoder = FramePainter(self.frame, channels, state, width)
+        self.sizes = (objects, state, content)
+        field = Field(state, width // 2, kinematic=layout == "objects")
+        self.ode = NeuralODE(field, method=method, rtol=rtol, atol=atol, step_size=step_size, adjoint=adjoint)
+        self.stats = {"evaluations": 0}
+
+    def encode(self, frames: Tensor, t: Tensor, mask: Tensor | None = None) -> Normal:
+        """q(z_0 | C), z_0 the latent at each video's first observed time (eq. 4.1's posterior).
+
+        Args:
+            frames: [B, T, C, H, W] in [0, 1].
+            t: [T] or [B, T], increasing.
+            mask: [B, T], True where a frame was observed; None: all were.
+
+        Returns:
+            A Normal over [B, D], D = objects * (state + content).
+
+        Raises:
+            ValueError: a wrong shape or range, times that do not increase, no observed frame.
+        """
+        t, mask = check_video(frames, t, mask, self.frame, self.channels)
+        mean, log_variance = self.encoder(frames, t, mask)
+        return Normal(mean.flatten(1), (log_variance / 2).exp().flatten(1))
+
+    def decode(self, z: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch C H W"]:
+        """Mean frames of p(x | z), in (0, 1), each latent for itself (eq. 4.3)."""
+        state, content = self.split(z.reshape(1, -1, z.shape[-1]))
+        return self._paint(state, content)[0].unflatten(0, z.shape[:-1])
+
+    def split(self, z: Float[Tensor, "*batch D"]) -> tuple[Tensor, Tensor]:
+        """The states [*, K, state], which move, and the contents [*, K, content], which do not."""
+        objects, state, content = self.sizes
+        return z.unflatten(-1, (objects, state + content)).split([state, content], -1)
+
+    def solve(self, s0: Float[Tensor, "B K S"], tau: Float[Tensor, "B T"]) -> Float[Tensor, "B T K S"]:
+        """States at times tau after (before, if negative) the first observation (eq. 4.2).
+
+        One solve serves all videos: it stops at every time that any of them asks for.
+        """
+        times, index = torch.unique(tau, return_inverse=True)
+        zero, parts, evaluations = times.new_zeros(1), [], 0
+        for away in (times[times < 0].flip(0), times[times > 0]):
+            parts.append(self.ode(s0, torch.cat([zero, away]))[1:])
+            evaluations += self.ode.stats["evaluations"] if len(away) else 0
+        self.stats = {"evaluations": evaluations}
+        states = torch.cat([parts[0].flip(0), s0[None].expand(int((times == 0).sum()), -1, -1, -1), parts[1]])
+        return states[index, torch.arange(len(s0), device=index.device)[:, None]]
+
+    def trajectory(self, z0: Float[Tensor, "B D"], tau: Tensor) -> Float[Tensor, "B T D"]:
+        """Latents at times tau, [T] or [B, T], after the first observation."""
+        s0, content = self.split(z0)
+        states = self.solve(s0, tau.expand(len(z0), tau.shape[-1]))
+        return torch.cat([states, content[:, None].expand(-1, states.shape[1], -1, -1)], -1).flatten(2)
+
+    def predict(self, frames: Tensor, t: Tensor, t_query: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Frames [B, Tq, C, H, W] at any times t_query, [Tq] or [B, Tq], from the mean of q(z_0 | C).
+
+        The other arguments and the errors are those of ``encode``; t_query may lie before, between or after t.
+        """
+        if t_query.ndim not in (1, 2) or t_query.shape[-1] == 0 or not torch.isfinite(t_query).all():
+            raise ValueError(f"t_query must hold at least one finite time, [Tq] or [B, Tq], got {list(t_query.shape)}.")
+        return self._frames_at(self.encode(frames, t, mask).mean, self._since_first(t, mask, t_query, len(frames)))
+
+    def negative_elbo(
+        self, frames: Tensor, t: Tensor, n_context: int | None = None, mask: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Eq. 4.4, the negative evidence lower bound, in nats a video, averaged over the batch.
+
+        Args:
+            frames: [B, T, C, H, W] in [0, 1]; all observed frames are scored.
+            t: [T] or [B, T], increasing.
+            n_context: the encoder sees only the first n_context frames; None: it sees all (the report's reconstruction).
+            mask: [B, T], True where a frame was observed; None: all were.
+
+        Returns:
+            "loss" = "reconstruction" + kl_weight * "kl", each a scalar.
+        """
+        times, observed = check_video(frames, t, mask, self.frame, self.channels)
+        n = frames.shape[1] if n_context is None else n_context
+        if not 1 <= n <= frames.shape[1]:
+            raise ValueError(f"n_context must lie between 1 and the {frames.shape[1]} frames given, got {n_context}.")
+        q = self.encode(frames[:, :n], times[:, :n], observed[:, :n])
+        tau = self._since_first(times[:, :n], observed[:, :n], times, len(frames))
+        mean = self._frames_at(q.rsample(), tau)
+        if self.likelihood == "bernoulli":
+            nats = nn.functional.binary_cross_entropy(mean, frames, reduction="none")
+        else:
+            nats = -Normal(mean, GAUSSIAN_SCALE).log_prob(frames)
+        reconstruction = (nats.sum((2, 3, 4)) * observed).sum(1).mean()
+        kl = kl_divergence(q, Normal(0.0, 1.0)).sum(1).mean()
+        return {"loss": reconstruction + self.kl_weight * kl, "reconstruction": reconstruction, "kl": kl}
+
+    def _frames_at(self, z0: Tensor, tau: Tensor) -> Tensor:
+        s0, content = self.split(z0)
+        return self._paint(self.solve(s0, tau), content[:, None])  # the content is drawn once, not at every time
+
+    def _paint(self, state: Tensor, content: Tensor) -> Tensor:
+        return SMALLEST + (1 - 2 * SMALLEST) * self.decoder(state, content)
+
+    @staticmethod
+    def _since_first(t: Tensor, mask: Tensor | None, t_query: Tensor, batch: int) -> Tensor:
+        t = t.expand(batch, t.shape[-1])
+        first = t[:, 0] if mask is None else t.gather(1, mask.int().argmax(1, keepdim=True))[:, 0]
+        return t_query.expand(batch, t_query.shape[-1]) - first[:, None]
+
+
+def check_video(
+    frames: Tensor, t: Tensor, mask: Tensor | None, frame: tuple[int, int], channels: int
+) -> tuple[Float[Tensor, "B T"], Bool[Tensor, "B T"]]:
+    """Times and mask as [B, T], if frames are [B, T, C, H, W] in [0, 1] and each video's observed times increase.
+
+    Raises:
+        ValueError: what was expected and what was given.
+    """
+    wanted = (channels, *frame)
+    if frames.ndim != 5 or tuple(frames.shape[2:]) != wanted:
+        raise ValueError(f"frames must be [B, T, {', '.join(map(str, wanted))}], got {list(frames.shape)}.")
+    batch, length = frames.shape[:2]
+    if not batch or not length:
+        raise ValueError(f"frames must hold at least one video and one observed frame, got {list(frames.shape)}.")
+    low, high = frames.aminmax()
+    if not frames.is_floating_point() or not (low >= 0 and high <= 1):
+        raise ValueError(f"frames must be floats in [0, 1], got {frames.dtype} from {low:.4g} to {high:.4g}.")
+    if t.shape not in ((length,), (batch, length)) or not t.is_floating_point():
+        raise ValueError(f"t must be floats, [{length}] or [{batch}, {length}], got {t.dtype} {list(t.shape)}.")
+    t = t.expand(batch, length)
+    mask = torch.ones_like(t, dtype=torch.bool) if mask is None else mask
+    if mask.shape != (batch, length) or mask.dtype != torch.bool:
+        raise ValueError(f"mask must be booleans [{batch}, {length}], got {mask.dtype} {list(mask.shape)}.")
+    if not mask.any(1).all():
+        raise ValueError(
+            f"Every video needs at least one observed frame; video {int(mask.any(1).int().argmin())} has none."
+        )
+    latest = torch.where(mask, t, -torch.inf).cummax(1).values  # of the observed times so far
+    if not (torch.where(mask, t, torch.inf)[:, 1:] > latest[:, :-1]).all() or not torch.isfinite(t[mask]).all():
+        raise ValueError("The observed times of a video must be finite and increase strictly from frame to frame.")
+    return t, mask
