@@ -43,7 +43,7 @@ class LatentGRU(LatentODE):
     def __init__(self, frame: tuple[int, int], *args, step: float = 1.0, **options) -> None:
         super().__init__(frame, *args, **options)
         self.step, state = step, self.sizes[1]
-        width = self.ode.f.net[0].out_features // 2  # as many parameters as the ODE's field, within a tenth
+        width = 32  # the model then has as many parameters as with the ODE, within a hundredth
         del self.ode
         self.start, self.cell, self.change = nn.Linear(state, width), nn.GRUCell(state, width), nn.Linear(width, state)
 

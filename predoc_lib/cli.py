@@ -4,6 +4,7 @@ import ast
 import contextlib
 import datetime
 import importlib
+import io
 import json
 import os
 import re
@@ -14,7 +15,7 @@ import textwrap
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import click
 
@@ -79,7 +80,7 @@ def list_notebooks() -> None:
             values = [getattr(config, parameter["name"]) for config in configs] if field else [""] * len(configs)
             meaning = field.metadata["meaning"] if field else parameter["help"]
             if field and field.metadata["choices"]:
-                meaning += f" ({' | '.join(map(str, field.metadata['choices']))})"
+                meaning += f" [{' | '.join(map(str, field.metadata['choices']))}]"
             rows.append([parameter["name"], parameter["inferred_type_name"], *values, meaning])
         _table(rows, ["parameter", "type", *PRESETS, "meaning"])
         click.echo(f"\nRun it: predoc train {name} -p preset=smoke\n")
@@ -94,7 +95,8 @@ def train(name: str, given: tuple[str, ...], folder: Path) -> None:
     choose(name, _experiments(), "experiment")
     notebook = _notebook(name)
     known = [parameter for parameter in _parameters(notebook) if parameter not in SET_BY_COMMAND]
-    parameters = {"preset": os.environ.get("PREDOC_PRESET", "book")} | _parse(given, known)
+    parameters = {"preset": None} | _parse(given, known)
+    parameters["preset"] = parameters["preset"] or os.environ.get("PREDOC_PRESET") or "book"
     config_class = _module(name).Config
     overrides = {key: value for key, value in parameters.items() if key in config_class.__dataclass_fields__}
     config = build(config_class, parameters["preset"], **overrides)
@@ -190,7 +192,8 @@ def _execute(notebook: Any, path: Path, parameters: dict[str, Any]) -> None:
     import papermill
 
     partial = path.with_suffix(".partial.ipynb")  # papermill saves after every cell, and not atomically
-    os.environ.setdefault("TQDM_NCOLS", str(min(100, shutil.get_terminal_size()[0] - 1)))
+    if sys.stderr.isatty():  # the kernel's bar cannot see how wide this terminal is
+        os.environ["TQDM_NCOLS"] = str(shutil.get_terminal_size().columns - 1)
     kernel = jupyter_client.AsyncKernelManager(kernel_name="python3")
     with _interrupts(kernel) as interrupted:
         try:
@@ -250,7 +253,7 @@ def _interrupts(kernel: Any) -> Iterator[list[int]]:
 class Relay:
     """Passes a progress bar on: to a terminal as it is, to a file or pipe as a plain line now and then."""
 
-    def __init__(self, stream: TextIO, every: float = 30.0) -> None:
+    def __init__(self, stream: io.TextIOBase, every: float = 30.0) -> None:
         """Args: stream: where to; every: least number of seconds between two states of one bar, off a terminal."""
         self.stream, self.every = stream, every
         self.line, self.due = "", 0.0

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 
 from predoc_lib.ode import NeuralODE
-from predoc_lib.video_nets import FrameEncoder, FramePainter, ObjectEncoder, ObjectPainter
+from predoc_lib.video_nets import FrameEncoder, FramePainter, ObjectEncoder, ObjectPainter, mlp
 
 LIKELIHOODS = ("bernoulli", "gaussian")
 LAYOUTS = ("objects", "plain")
@@ -19,25 +19,42 @@ GAUSSIAN_SCALE = 0.1  # standard deviation of a pixel's brightness under the Gau
 SMALLEST = 1e-4  # probabilities stay this far from 0 and 1, so that one wrong pixel costs a finite number of nats
 
 
-class Field(nn.Module):
-    """f(t, s) of eq. 4.2, [B, K, state] -> [B, K, state]: the same at all times and for every object.
+class RotationField(nn.Module):
+    """f(t, s) of eq. 4.2, which turns s in state / 2 planes: (a, b)' = omega(a^2 + b^2) (-b, a), omega a network.
 
-    With ``kinematic``, s = (position, velocity, rest): the position changes by the velocity, the rest is learned.
+    Turning keeps every a^2 + b^2 and so, along a trajectory, every angular velocity: whatever the weights, nothing
+    grows without bound, forwards or backwards, and the solution is known in closed form. In mechanics these are action
+    and angle variables; motion between two walls, for one, has such coordinates.
+
+    Args:
+        state: numbers in s, even: first all a, then all b.
+        width: of omega's two hidden layers.
     """
 
-    SPEED = 0.2  # a velocity of 1 crosses a tenth of the canvas in a unit of time: latents keep the size of N(0, 1)
-
-    def __init__(self, state: int, width: int, kinematic: bool) -> None:
+    def __init__(self, state: int, width: int) -> None:
         super().__init__()
-        self.kinematic = kinematic
-        self.net = nn.Sequential(
-            nn.Linear(state, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, state)
-        )
+        self.omega = mlp(state // 2, width, width, state // 2, activation=nn.Tanh)
 
     def forward(self, t: Tensor, s: Float[Tensor, "*batch state"]) -> Float[Tensor, "*batch state"]:
         """ds/dt."""
-        ds = self.net(s)
-        return torch.cat([self.SPEED * s[..., 2:4], ds[..., 2:]], -1) if self.kinematic else ds
+        a, b = s.chunk(2, -1)
+        omega = self.omega(a**2 + b**2)
+        return torch.cat([-omega * b, omega * a], -1)
+
+
+class FreeField(nn.Module):
+    """f(t, s) of eq. 4.2 without any structure: a network of s alone."""
+
+    def __init__(self, state: int, width: int) -> None:
+        super().__init__()
+        self.net = mlp(state, width, width, state, activation=nn.Tanh)
+
+    def forward(self, t: Tensor, s: Float[Tensor, "*batch state"]) -> Float[Tensor, "*batch state"]:
+        """ds/dt."""
+        return self.net(s)
+
+
+FIELDS = {"rotation": RotationField, "free": FreeField}
 
 
 class LatentODE(nn.Module):
@@ -47,10 +64,11 @@ class LatentODE(nn.Module):
         frame: (H, W), pixels; both even, at least 8.
         channels: C of a frame.
         objects: K, how many things move (layout "objects").
-        layout: "objects": the latent is, for each object, a state that the ODE moves (position, velocity, rest) and a
-            content that stays; the decoder draws the content at the position. "plain": one unstructured state, a
+        layout: "objects": the latent is, for each object, a state that the ODE moves and a content that stays; the
+            decoder draws the content at a position that it reads off the state. "plain": one unstructured state, a
             convolutional encoder and decoder of whole frames, as in the report.
-        state: numbers an object's state has (layout "plain": the whole latent has).
+        field: "rotation": a ``RotationField``; "free": a ``FreeField``, as in the report.
+        state: numbers an object's state has (layout "plain": the whole latent has); even.
         content: numbers an object's content has (layout "objects").
         width: of the hidden layers.
         likelihood: of a pixel: "bernoulli", or "gaussian" with standard deviation 0.1.
@@ -68,7 +86,8 @@ class LatentODE(nn.Module):
         *,
         objects: int = 1,
         layout: str = "objects",
-        state: int = 8,
+        field: str = "rotation",
+        state: int = 24,
         content: int = 32,
         width: int = 128,
         likelihood: str = "bernoulli",
@@ -80,23 +99,26 @@ class LatentODE(nn.Module):
         adjoint: bool = False,
     ) -> None:
         super().__init__()
-        if layout not in LAYOUTS or likelihood not in LIKELIHOODS:
-            raise ValueError(
-                f"layout must be one of {LAYOUTS} and likelihood one of {LIKELIHOODS}, got {layout!r}, {likelihood!r}."
-            )
+        for what, value, valid in (
+            ("layout", layout, LAYOUTS), ("field", field, tuple(FIELDS)), ("likelihood", likelihood, LIKELIHOODS)
+        ):  # fmt: skip
+            if value not in valid:
+                raise ValueError(f"Unknown {what} {value!r}. Valid: {', '.join(valid)}.")
+        if state < 4 or state % 2:
+            raise ValueError(f"state must be an even number of at least 4, got {state}.")
         if min(frame) < 8 or frame[0] % 2 or frame[1] % 2:
             raise ValueError(f"Frames must have even sides of at least 8 pixels, got {frame}.")
         self.frame, self.channels, self.likelihood, self.kl_weight = tuple(frame), channels, likelihood, kl_weight
         if layout == "objects":
             self.encoder = ObjectEncoder(self.frame, channels, objects, state, content, width)
-            self.decoder = ObjectPainter(self.frame, channels, content, width)
+            self.decoder = ObjectPainter(self.frame, channels, state, content, width)
         else:
             objects, content = 1, 0
             self.encoder = FrameEncoder(self.frame, channels, state, width)
             self.decoder = FramePainter(self.frame, channels, state, width)
         self.sizes = (objects, state, content)
-        field = Field(state, width // 2, kinematic=layout == "objects")
-        self.ode = NeuralODE(field, method=method, rtol=rtol, atol=atol, step_size=step_size, adjoint=adjoint)
+        f = FIELDS[field](state, width // 2)
+        self.ode = NeuralODE(f, method=method, rtol=rtol, atol=atol, step_size=step_size, adjoint=adjoint)
         self.stats = {"evaluations": 0}
 
     def encode(self, frames: Tensor, t: Tensor, mask: Tensor | None = None) -> Normal:
@@ -164,7 +186,7 @@ class LatentODE(nn.Module):
         Args:
             frames: [B, T, C, H, W] in [0, 1]; all observed frames are scored.
             t: [T] or [B, T], increasing.
-            n_context: the encoder sees only the first n_context frames; None: it sees all (the report's reconstruction).
+            n_context: the encoder sees the first n_context frames only; None: all (the report's reconstruction).
             mask: [B, T], True where a frame was observed; None: all were.
 
         Returns:

@@ -55,7 +55,7 @@ def record(
         "seed": config.seed,
         "revision": _revision(),
         "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in PACKAGES},
-        "device": _device_name(device),
+        "device": device_name(device),
         "wall_time_s": round(wall_time_s, 1),
         "evaluations": evaluations,
         "data": data,
@@ -131,9 +131,10 @@ def _revision() -> str:
         return "unknown"
 
 
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
+    """The processor's or the GPU's name, and how many threads PyTorch uses."""
     if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
+        return torch.cuda.getdevice_name(device)
     model = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():

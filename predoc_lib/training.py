@@ -12,7 +12,7 @@ import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 
 class TrainingError(RuntimeError):
@@ -31,6 +31,7 @@ def fit(
     learning_rate: float,
     evaluate: Callable[[], dict[str, float]] | None = None,
     evaluate_every: int = 500,
+    show: str = "",
     folder: Path | None = None,
     progress: bool | None = None,
 ) -> tuple[list[dict[str, float]], float]:
@@ -43,6 +44,7 @@ def fit(
         learning_rate: the highest.
         evaluate: called every ``evaluate_every`` steps and at the end, the model in evaluation mode, without gradients.
         evaluate_every: steps between evaluations, and between checkpoints.
+        show: the figure of ``evaluate`` that the bar shows beside the loss.
         folder: where ``weights.safetensors`` is kept up to date; None: nowhere.
         progress: show a bar; None: if stderr is a terminal or a notebook.
 
@@ -60,7 +62,7 @@ def fit(
         optimizer, lambda i: min((i + 1) / warm_up, 0.5 + 0.5 * math.cos(math.pi * i / steps))
     )
     history, seconds, recent = [], 0.0, []
-    bar = tqdm(range(1, steps + 1), unit="step", disable=None if progress is None else not progress, mininterval=0.5)
+    bar = tqdm(range(1, steps + 1), desc="training", unit="step", disable=None if progress is None else not progress)
     started = time.perf_counter()
     try:
         for step in bar:
@@ -88,7 +90,7 @@ def fit(
                         row |= evaluate()
                     model.train()
                 history.append(row)
-                bar.set_postfix({k: f"{v:.4g}" for k, v in row.items() if k not in ("step", "seconds")})
+                bar.set_postfix({k: f"{row[k]:.4g}" for k in ("loss", show) if k in row})
                 if folder is not None:
                     save_weights(model, folder / "weights.safetensors")
                 started = time.perf_counter()

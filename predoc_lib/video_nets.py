@@ -1,8 +1,8 @@
 """Encoders and decoders of the latent ODE: for scenes of moving objects, and plain ones for whole frames.
 
-An encoder maps a context (frames [B, T, C, H, W], times [B, T] and a mask [B, T] of the entries that count) to the mean
-and log-variance of the latent at each video's first time, [B, K, state + content] each. It reads the frames from last to
-first, so that its memory ends where the ODE starts. A decoder maps states [B, T, K, state] and contents
+An encoder maps a context (frames [B, T, C, H, W], times [B, T] and a mask [B, T] of the entries that count) to the
+mean and log-variance of the latent at each video's first time, [B, K, state + content] each. It reads the frames from
+last to first, so that its memory ends where the ODE starts. A decoder maps states [B, T, K, state] and contents
 [B, 1 or T, K, content] to frames [B, T, C, H, W] in (0, 1).
 """
 
@@ -19,9 +19,9 @@ GRID = 8  # cells a side of the grid on which objects are looked for
 FIRST_LOG_VARIANCE = -8.0  # a sharp posterior at first, so that positions are learned before uncertainty is
 
 
-def mlp(*sizes: int) -> nn.Sequential:
-    """Linear layers of these sizes with ReLU between them."""
-    layers = [layer for n, m in itertools.pairwise(sizes) for layer in (nn.Linear(n, m), nn.ReLU())]
+def mlp(*sizes: int, activation: type[nn.Module] = nn.ReLU) -> nn.Sequential:
+    """Linear layers of these sizes with an activation between them."""
+    layers = [layer for n, m in itertools.pairwise(sizes) for layer in (nn.Linear(n, m), activation())]
     return nn.Sequential(*layers[:-1])
 
 
@@ -41,9 +41,9 @@ class Geometry(nn.Module):
 class ObjectEncoder(nn.Module):
     """q(z_0 | C) of K objects: a recurrent network that follows each object and looks closely at it.
 
-    In every frame each object's position is found by soft k-means on the ink (brightness), started where the object was
-    last; a glimpse there corrects it and feeds a GRU. The latent's first two numbers are the position at the first time;
-    its content is read off the mean of the glimpses, in which the object stands still and everything else is blurred.
+    In every frame each object's position is found by soft k-means on the ink (brightness), started where the object
+    was last; a glimpse there corrects it and feeds a GRU. The latent's first two numbers are the position at the first
+    time; its content is read off the mean of the glimpses, where the object stands still and all else is blurred.
     """
 
     def __init__(
@@ -113,10 +113,17 @@ class ObjectEncoder(nn.Module):
 
 
 class ObjectPainter(nn.Module):
-    """p(x | z): one patch drawn from each object's content, placed where the first two numbers of its state say."""
+    """p(x | z): one patch drawn from each object's content, placed at the position that is read off its state.
 
-    def __init__(self, frame: tuple[int, int], channels: int, content: int, width: int) -> None:
+    The position starts as the state's first two numbers and is corrected by a network, which may have kinks where the
+    state moves smoothly: at a wall, for one.
+    """
+
+    def __init__(self, frame: tuple[int, int], channels: int, state: int, content: int, width: int) -> None:
         super().__init__()
+        self.read = mlp(state, width // 2, 2)
+        nn.init.zeros_(self.read[-1].weight)
+        nn.init.zeros_(self.read[-1].bias)
         self.geometry, self.channels = Geometry(frame), channels
         pixels = channels * math.prod(self.geometry.patch)
         self.draw, self.draw_linear = mlp(content, width, 2 * width, pixels), nn.Linear(content, pixels)
@@ -126,9 +133,13 @@ class ObjectPainter(nn.Module):
         """Frames [B, T, C, H, W]: where objects overlap, light that misses all of them is what stays dark."""
         patches = (self.draw(content) + self.draw_linear(content)).sigmoid()
         patches = patches.unflatten(-1, (self.channels, *self.geometry.patch))
-        corners = self.geometry.corner(state[..., :2])
+        corners = self.geometry.corner(self.position(state))
         drawn = place(patches, corners.unsqueeze(-2), self.geometry.frame)  # [B, T, K, C, H, W]
         return 1 - (1 - drawn).prod(2)
+
+    def position(self, state: Float[Tensor, "*batch state"]) -> Float[Tensor, "*batch 2"]:
+        """Where each object's centre is: (y, x) in [-1, 1] from edge to edge of the canvas."""
+        return state[..., :2] + self.read(state)
 
 
 def halvings(frame: tuple[int, int]) -> int:

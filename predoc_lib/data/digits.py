@@ -10,9 +10,9 @@ import functools
 import numpy as np
 import sklearn.datasets
 import torch
-import torchvision
 from jaxtyping import Float
 from torch import Tensor
+from torchvision.datasets import mnist
 
 from predoc_lib.data import catalog
 from predoc_lib.render import place
@@ -39,8 +39,9 @@ def digit_images(dataset: str, split: str, size: int) -> tuple[Float[Tensor, "n 
         order = np.random.default_rng(0).permutation(len(images))
         part = np.split(order, [len(order) * 7 // 10, len(order) * 8 // 10])[SPLITS.index(split)]
     else:
-        mnist = torchvision.datasets.MNIST(folder, train=split != "test")
-        images, labels = mnist.data.numpy() / 255, mnist.targets.numpy()
+        kind = "t10k" if split == "test" else "train"
+        images = mnist.read_image_file(folder / f"MNIST/raw/{kind}-images-idx3-ubyte").numpy() / 255
+        labels = mnist.read_label_file(folder / f"MNIST/raw/{kind}-labels-idx1-ubyte").numpy()
         part = {"train": slice(0, 55_000), "validation": slice(55_000, None), "test": slice(None)}[split]
     images = torch.from_numpy(images[part]).float()[:, None]
     images = torch.nn.functional.interpolate(images, (size, size), mode="bilinear", antialias=True)

@@ -9,15 +9,19 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 PRESETS = ("smoke", "book", "thesis")
 """``smoke``: seconds, for tests. ``book``: at most 15 minutes on 2 CPU cores. ``thesis``: the report's sizes."""
+
+DEVICES = ("auto", "cpu", "cuda")
 
 
 class ConfigError(ValueError):
     """A wrong parameter: the message says what was given, what is valid and the nearest valid name."""
 
 
-def option(default: Any, meaning: str, *, choices: Iterable | None = None, low: float | None = None) -> Any:
+def option(default: Any, meaning: str, *, choices: Iterable | None = None, low: float | int | None = None) -> Any:
     """A field of a ``Config``: its default, what it means (unit, range, the report's value) and what is allowed."""
     metadata = {"meaning": meaning, "choices": None if choices is None else tuple(choices), "low": low}
     return dataclasses.field(default=default, metadata=metadata)
@@ -63,6 +67,17 @@ def check(config: Any) -> None:
         low = f.metadata["low"]
         if low is not None and not value >= low:
             raise ConfigError(f"Parameter {f.name!r} must be at least {low}, got {value!r}.")
+
+
+def choose_device(name: str) -> torch.device:
+    """The device that one of ``DEVICES`` names; "auto" is a GPU if there is one.
+
+    Raises:
+        ConfigError: "cuda" where there is no GPU.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device 'cuda' was asked for, but PyTorch finds no GPU here. Use 'auto' or 'cpu'.")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def main(config_class: type, run: Callable[..., dict[str, Any]]) -> None:

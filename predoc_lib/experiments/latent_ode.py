@@ -12,8 +12,8 @@ from torch import Tensor
 from predoc_lib import metrics, results, training
 from predoc_lib.baselines import LatentGRU, copy_last, cross_fade, mean_image
 from predoc_lib.data import MovingDigits, catalog, moving_digits
-from predoc_lib.experiments.config import check, main, option
-from predoc_lib.latent_ode import LAYOUTS, LIKELIHOODS, LatentODE
+from predoc_lib.experiments.config import DEVICES, check, choose_device, main, option
+from predoc_lib.latent_ode import FIELDS, LAYOUTS, LIKELIHOODS, LatentODE
 from predoc_lib.ode import ADAPTIVE, FIXED_STEP
 from predoc_lib.render import crop
 
@@ -30,6 +30,7 @@ class Config:
     stride: int = option(1, "every stride-th frame is observed and scored, the others never", choices=(1, 2))
     dynamics: str = option("ode", "what moves the latent: Neural ODE, or the GRU baseline", choices=("ode", "gru"))
     layout: str = option("objects", "latent with an object's position and content, or unstructured", choices=LAYOUTS)
+    field: str = option("rotation", "what the Neural ODE's field may be", choices=tuple(FIELDS))
     objective: str = option(
         "prediction", "frames scored in training: all 20, or the 10 seen (the report)",
         choices=("prediction", "reconstruction"),
@@ -38,7 +39,7 @@ class Config:
     batch_size: int = option(32, "videos a step (the report: 128)", low=1)
     steps: int = option(6000, "optimizer steps (the report: 2000 epochs of 79 steps)", low=1)
     learning_rate: float = option(3e-3, "the highest, of Adam with warm-up and cosine decay", low=1e-8)
-    state: int = option(8, "numbers in an object's state", low=4)
+    state: int = option(24, "numbers in an object's state, even", low=4)
     content: int = option(32, "numbers in an object's content", low=1)
     width: int = option(128, "of the hidden layers", low=16)
     kl_weight: float = option(1.0, "weight of the KL term of eq. 4.4", low=0)
@@ -47,11 +48,12 @@ class Config:
     step_size: float = option(1.0, "longest step of a fixed-step solver, frames", low=1e-3)
     tolerance: float = option(1e-4, "relative and absolute, of an adaptive solver", low=1e-12)
     adjoint: bool = option(False, "gradients by the adjoint method instead of through the solver")
+    n_test: int = option(256, "unseen videos that are measured at the end", low=1)
     seed: int = option(0, "of the weights, the videos and the latent noise", low=0)
-    device: str = option("auto", "auto: a GPU if there is one", choices=("auto", "cpu", "cuda"))
+    device: str = option("auto", "auto: a GPU if there is one", choices=DEVICES)
 
     presets: ClassVar[dict[str, dict[str, Any]]] = {
-        "smoke": {"steps": 40, "batch_size": 16},
+        "smoke": {"steps": 40, "batch_size": 16, "n_test": 32},
         "book": {},
         "thesis": {
             "dataset": "mnist", "canvas": 64, "objective": "reconstruction", "n_videos": 10_000, "batch_size": 128,
@@ -69,6 +71,7 @@ def build_model(config: Config) -> LatentODE:
     options = {
         "objects": config.n_digits,
         "layout": config.layout,
+        "field": config.field,
         # The unstructured latent has as many numbers as the objects' states and contents together.
         "state": config.n_digits * (config.state + config.content) if plain else config.state,
         "content": config.content,
@@ -99,7 +102,7 @@ def observed_times(config: Config) -> Tensor:
 
 
 def run(config: Config, folder: Path | None = None, progress: bool | None = None) -> dict[str, Any]:
-    """Train, measure on 256 unseen videos, and return the record (see ``results.record``).
+    """Train, measure on ``n_test`` unseen videos, and return the record (see ``results.record``).
 
     Args:
         config: what to run.
@@ -111,27 +114,31 @@ def run(config: Config, folder: Path | None = None, progress: bool | None = None
         TrainingError: the loss is not finite.
     """
     data = {"name": config.dataset, "sha256": catalog.checksum(config.dataset)}
-    device = torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
+    device = choose_device(config.device)
     torch.manual_seed(config.seed)
     model = build_model(config).to(device)
     seen = observed_times(config)
     scored = torch.arange(0.0, FRAMES if config.objective == "prediction" else CONTEXT, config.stride)
     videos = _videos(config, config.n_videos, (config.seed, 0)) if config.n_videos else None
+    evaluations = 0
 
     def loss(step: int) -> Tensor:
+        nonlocal evaluations
         if videos is None:
             batch = _videos(config, config.batch_size, (config.seed, step))
         else:
             batch = videos[np.random.default_rng((config.seed, step)).integers(len(videos), size=config.batch_size)]
         frames = batch.frames(scored).to(device)
-        return model.negative_elbo(frames, scored.to(device), n_context=len(seen))["loss"]
+        value = model.negative_elbo(frames, scored.to(device), n_context=len(seen))["loss"]
+        evaluations = model.stats["evaluations"]
+        return value
 
     validation = _videos(config, 64, (config.seed, 0), "validation")
     history, seconds = training.fit(
         model, loss, steps=config.steps, learning_rate=config.learning_rate, folder=folder, progress=progress,
-        evaluate=lambda: progress_figures(model, validation, seen), evaluate_every=max(1, config.steps // 40),
+        evaluate=lambda: progress_figures(model, validation, seen), evaluate_every=max(10, config.steps // 40),
+        show="prediction_psnr",
     )  # fmt: skip
-    evaluations = model.stats["evaluations"]
     measured = measure(model, config)
     rec = results.record(
         "latent_ode", config, measured, device=device, wall_time_s=seconds, evaluations=evaluations, data=data,
@@ -187,13 +194,13 @@ def spans(config: Config) -> dict[str, Tensor]:
     }
 
 
-def measure(model: LatentODE, config: Config, n: int = 256) -> dict[str, Any]:
-    """Figures of a model and of the baselines on n unseen videos, {span: {method: {"mse", "psnr", "ssim"}}}.
+def measure(model: LatentODE, config: Config) -> dict[str, Any]:
+    """Figures of a model and of the baselines on unseen videos, {span: {method: {"mse", "psnr", "ssim"}}}.
 
     Besides: "parameters", and for one digit "readable", the accuracy of a digit classifier on the true and on the
     predicted last frame.
     """
-    videos, seen = _videos(config, n, (1234, 0), "test"), observed_times(config)
+    videos, seen = _videos(config, config.n_test, (1234, 0), "test"), observed_times(config)
     context, mean = videos.frames(seen), mean_image(_videos(config, 1024, (1234, 1)).frames(torch.arange(FRAMES)))
     predict = predictor(model, videos, seen)
     measured: dict[str, Any] = {}

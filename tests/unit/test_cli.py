@@ -94,7 +94,7 @@ def test_list_shows_every_parameter_its_presets_and_its_meaning_in_120_columns(p
     assert any(
         line.startswith("preset") and line.endswith("smoke, book or thesis") for line in result.output.split("\n")
     )
-    assert "(digits | mnist)" in result.output
+    assert "[digits | mnist]" in result.output
     assert max(map(len, result.output.splitlines())) <= 120
 
 
@@ -257,6 +257,7 @@ def test_the_parameters_cell_of_a_notebook_agrees_with_its_config(name):
     assert all(parameter["default"] == "None" for parameter in declared.values())
 
 
+@pytest.mark.slow
 def test_a_real_training_notebook_runs_through_the_command(tmp_path):
     few = [f"-p{key}={value}" for key, value in {"steps": 3, "n_videos": 16, "batch_size": 8}.items()]
     result = CliRunner().invoke(

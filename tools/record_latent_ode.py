@@ -1,0 +1,83 @@
+"""Make the recorded runs of the latent ODE: ``python tools/record_latent_ode.py [--jobs 2] [--list] [NAME ...]``.
+
+A run that is already under results/ is left alone, so the command can be stopped and called again. Weights are kept, in
+half precision, only for the runs that a chapter loads: all of them would not fit into a light clone.
+"""
+
+import argparse
+import concurrent.futures
+import multiprocessing
+import tempfile
+from pathlib import Path
+
+import torch
+
+from predoc_lib import results, training
+from predoc_lib.experiments import latent_ode
+from predoc_lib.experiments.config import build
+
+RESULTS = results.RESULTS / "latent_ode"
+MNIST = {"dataset": "mnist", "canvas": 64, "width": 192, "content": 48}
+RECONSTRUCTION, FREE = {"objective": "reconstruction"}, {"field": "free"}
+PLAIN = {"layout": "plain", "field": "free"}  # the report's
+KEEP = ("digits32-1-stride1-ode-seed0", "digits32-2-stride2-ode-seed0", "mnist64-2-stride2-ode-seed0")
+
+
+def plan() -> dict[str, dict]:
+    """{name of the run: its parameters}, the most needed first."""
+
+    def all_of(name: str, stride: int, parameters: dict) -> dict[str, dict]:
+        return {
+            f"{name}-{n}-stride{stride}-{dynamics}-seed{parameters['seed']}": parameters
+            | {"n_digits": n, "stride": stride, "dynamics": dynamics}
+            for n in (2, 1)
+            for dynamics in ("ode", "gru")
+        }
+
+    variants = {
+        "digits32-1-stride1-ode-reconstruction": RECONSTRUCTION,
+        "digits32-1-stride1-ode-plain": PLAIN,
+        "digits32-1-stride1-ode-plain-reconstruction": PLAIN | RECONSTRUCTION,
+        "digits32-1-stride1-ode-free": FREE,
+    }
+    first, mnist = {"seed": 0}, MNIST | {"seed": 0}
+    runs = all_of("digits32", 2, first) | all_of("digits32", 1, first)
+    runs |= all_of("mnist64", 2, mnist) | variants | all_of("mnist64", 1, mnist)
+    for seed in (1, 2):
+        runs |= all_of("digits32", 2, {"seed": seed}) | all_of("digits32", 1, {"seed": seed})
+    return runs
+
+
+def make(name: str) -> str:
+    """Make one run, and say how it went."""
+    torch.set_num_threads(1)
+    config = build(latent_ode.Config, "book", **plan()[name])
+    with tempfile.TemporaryDirectory() as folder:
+        record = latent_ode.run(config, Path(folder), progress=False)
+        if name in KEEP:
+            model, _ = latent_ode.load(Path(folder))
+            training.save_weights(model, RESULTS / name / "weights.safetensors", torch.float16)
+    results.save(RESULTS / name, record)
+    psnr = {span: round(record["metrics"][span][config.dynamics]["psnr"], 2) for span in latent_ode.spans(config)}
+    return f"{name}: {record['wall_time_s']:.0f} s, PSNR {psnr}"
+
+
+def main() -> None:
+    """Make what is missing."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", help="only these")
+    parser.add_argument("--list", action="store_true", help="show the plan and what is there")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
+    arguments = parser.parse_args()
+    missing = [name for name in arguments.names or plan() if not (RESULTS / name / "metrics.json").exists()]
+    if arguments.list:
+        print(*(f"{'missing' if name in missing else 'there'}  {name}  {p}" for name, p in plan().items()), sep="\n")
+        return
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(arguments.jobs, mp_context=spawn) as pool:
+        for done in concurrent.futures.as_completed([pool.submit(make, name) for name in missing]):
+            print(done.result(), flush=True)
+
+
+if __name__ == "__main__":
+    main()
