@@ -29,10 +29,10 @@ def cross_fade(
 
 
 class LatentGRU(LatentODE):
-    """``LatentODE`` with a GRU that steps from observation to observation in place of the ODE.
+    """``LatentODE`` with recurrent networks that step from observation to observation in place of the ODE.
 
-    Encoder and decoder are the same. The states are linear in time between two steps; before the first observation they
-    go on as the line through the first two steps.
+    Encoder and decoder are the same. From the last observation one GRU steps forwards and another one backwards, as the
+    two decoders of Srivastava et al. (2015) do; between two steps the states are linear in time.
 
     Args:
         frame: (H, W), pixels.
@@ -43,22 +43,33 @@ class LatentGRU(LatentODE):
     def __init__(self, frame: tuple[int, int], *args, step: float = 1.0, **options) -> None:
         super().__init__(frame, *args, **options)
         self.step, state = step, self.sizes[1]
-        width = 32  # the model then has as many parameters as with the ODE, within a hundredth
+        width = 32  # the model then has as many parameters as with the ODE, within a few hundredths
         del self.ode
-        self.start, self.cell, self.change = nn.Linear(state, width), nn.GRUCell(state, width), nn.Linear(width, state)
+        self.forwards, self.backwards = (
+            nn.ModuleList([nn.Linear(state, width), nn.GRUCell(state, width), nn.Linear(width, state)])
+            for _ in range(2)
+        )
 
     def solve(self, s0: Float[Tensor, "B K S"], tau: Float[Tensor, "B T"]) -> Float[Tensor, "B T K S"]:
-        """States at times tau after the first observation."""
+        """States at times tau after (before, if negative) the last observation."""
         position = tau / self.step
-        s = s0.flatten(0, 1)
-        h, states = self.start(s).tanh(), [s0]
-        for _ in range(max(1, int(position.max().ceil()))):
-            h = self.cell(s, h)
-            s = s + self.change(h)
-            states.append(s.view_as(s0))
-        states = torch.stack(states, 1)
+        after = self.walk(self.forwards, s0, max(1, int(position.max().ceil())))
+        before = self.walk(self.backwards, s0, max(1, int((-position).max().ceil())))
+        states = torch.stack([*before[::-1], s0, *after], 1)
+        position = position + len(before)
         left = position.floor().long().clamp(0, states.shape[1] - 2)
         video = torch.arange(len(s0), device=left.device)[:, None]
         weight = (position - left)[:, :, None, None]
         self.stats = {"evaluations": states.shape[1] - 1}
         return (1 - weight) * states[video, left] + weight * states[video, left + 1]
+
+    def walk(self, network: nn.ModuleList, s0: Float[Tensor, "B K S"], steps: int) -> list[Float[Tensor, "B K S"]]:
+        """The states after 1, 2, ... steps of a network."""
+        start, cell, change = network
+        s = s0.flatten(0, 1)
+        h, states = start(s).tanh(), []
+        for _ in range(steps):
+            h = cell(s, h)
+            s = s + change(h)
+            states.append(s.view_as(s0))
+        return states

@@ -1,8 +1,11 @@
 """Video in continuous time: a recurrent encoder, a Neural ODE in latent space, a decoder (report, chapter 4).
 
-z_0 ~ q(z_0 | C)              the encoder reads the context C = {(x_i, t_i)} backwards in time    eq. 4.1
-z(t) = z_0 + int_t0^t f(z)    the Neural ODE                                                      eq. 4.2
-x(t) ~ p(x | z(t))            the decoder, each frame for itself                                  eq. 4.3
+    z_0 ~ q(z_0 | C)              the encoder reads the context C = {(x_i, t_i)}    eq. 4.1
+    z(t) = z_0 + int_t0^t f(z)    the Neural ODE                                    eq. 4.2
+    x(t) ~ p(x | z(t))            the decoder, each frame for itself                eq. 4.3
+
+t_0 is the time of the *last* observation: an ODE runs in both directions, so the future is as near as it can be. (The
+report starts at the first one.)
 """
 
 import torch
@@ -10,6 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 
+from predoc_lib.naming import unknown
 from predoc_lib.ode import NeuralODE
 from predoc_lib.video_nets import FrameEncoder, FramePainter, ObjectEncoder, ObjectPainter, mlp
 
@@ -103,7 +107,7 @@ class LatentODE(nn.Module):
             ("layout", layout, LAYOUTS), ("field", field, tuple(FIELDS)), ("likelihood", likelihood, LIKELIHOODS)
         ):  # fmt: skip
             if value not in valid:
-                raise ValueError(f"Unknown {what} {value!r}. Valid: {', '.join(valid)}.")
+                raise ValueError(unknown(what, value, valid))
         if state < 4 or state % 2:
             raise ValueError(f"state must be an even number of at least 4, got {state}.")
         if min(frame) < 8 or frame[0] % 2 or frame[1] % 2:
@@ -122,7 +126,7 @@ class LatentODE(nn.Module):
         self.stats = {"evaluations": 0}
 
     def encode(self, frames: Tensor, t: Tensor, mask: Tensor | None = None) -> Normal:
-        """q(z_0 | C), z_0 the latent at each video's first observed time (eq. 4.1's posterior).
+        """q(z_0 | C), z_0 the latent at each video's last observed time (eq. 4.1's posterior).
 
         Args:
             frames: [B, T, C, H, W] in [0, 1].
@@ -150,7 +154,7 @@ class LatentODE(nn.Module):
         return z.unflatten(-1, (objects, state + content)).split([state, content], -1)
 
     def solve(self, s0: Float[Tensor, "B K S"], tau: Float[Tensor, "B T"]) -> Float[Tensor, "B T K S"]:
-        """States at times tau after (before, if negative) the first observation (eq. 4.2).
+        """States at times tau after (before, if negative) the last observation (eq. 4.2).
 
         One solve serves all videos: it stops at every time that any of them asks for.
         """
@@ -164,7 +168,7 @@ class LatentODE(nn.Module):
         return states[index, torch.arange(len(s0), device=index.device)[:, None]]
 
     def trajectory(self, z0: Float[Tensor, "B D"], tau: Tensor) -> Float[Tensor, "B T D"]:
-        """Latents at times tau, [T] or [B, T], after the first observation."""
+        """Latents at times tau, [T] or [B, T], after (before, if negative) the last observation."""
         s0, content = self.split(z0)
         states = self.solve(s0, tau.expand(len(z0), tau.shape[-1]))
         return torch.cat([states, content[:, None].expand(-1, states.shape[1], -1, -1)], -1).flatten(2)
@@ -176,7 +180,7 @@ class LatentODE(nn.Module):
         """
         if t_query.ndim not in (1, 2) or t_query.shape[-1] == 0 or not torch.isfinite(t_query).all():
             raise ValueError(f"t_query must hold at least one finite time, [Tq] or [B, Tq], got {list(t_query.shape)}.")
-        return self._frames_at(self.encode(frames, t, mask).mean, self._since_first(t, mask, t_query, len(frames)))
+        return self._frames_at(self.encode(frames, t, mask).mean, self._since_last(t, mask, t_query, len(frames)))
 
     def negative_elbo(
         self, frames: Tensor, t: Tensor, n_context: int | None = None, mask: Tensor | None = None
@@ -197,7 +201,7 @@ class LatentODE(nn.Module):
         if not 1 <= n <= frames.shape[1]:
             raise ValueError(f"n_context must lie between 1 and the {frames.shape[1]} frames given, got {n_context}.")
         q = self.encode(frames[:, :n], times[:, :n], observed[:, :n])
-        tau = self._since_first(times[:, :n], observed[:, :n], times, len(frames))
+        tau = self._since_last(times[:, :n], observed[:, :n], times, len(frames))
         mean = self._frames_at(q.rsample(), tau)
         if self.likelihood == "bernoulli":
             nats = nn.functional.binary_cross_entropy(mean, frames, reduction="none")
@@ -215,10 +219,10 @@ class LatentODE(nn.Module):
         return SMALLEST + (1 - 2 * SMALLEST) * self.decoder(state, content)
 
     @staticmethod
-    def _since_first(t: Tensor, mask: Tensor | None, t_query: Tensor, batch: int) -> Tensor:
+    def _since_last(t: Tensor, mask: Tensor | None, t_query: Tensor, batch: int) -> Tensor:
         t = t.expand(batch, t.shape[-1])
-        first = t[:, 0] if mask is None else t.gather(1, mask.int().argmax(1, keepdim=True))[:, 0]
-        return t_query.expand(batch, t_query.shape[-1]) - first[:, None]
+        last = t[:, -1] if mask is None else torch.where(mask, t, -torch.inf).amax(1)
+        return t_query.expand(batch, t_query.shape[-1]) - last[:, None]
 
 
 def check_video(

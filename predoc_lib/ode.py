@@ -9,6 +9,8 @@ import torchdiffeq
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from predoc_lib.naming import unknown
+
 ADAPTIVE = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun")
 FIXED_STEP = ("euler", "midpoint", "heun3", "rk4")
 
@@ -63,7 +65,7 @@ class NeuralODE(nn.Module):
     ) -> None:
         super().__init__()
         if method not in ADAPTIVE + FIXED_STEP:
-            raise ValueError(f"Unknown ODE method {method!r}; valid: {', '.join(ADAPTIVE + FIXED_STEP)}.")
+            raise ValueError(unknown("ODE method", method, ADAPTIVE + FIXED_STEP))
         if not (rtol > 0 and atol > 0 and (step_size is None or step_size > 0)):
             raise ValueError(f"rtol, atol and step_size must be positive, got {rtol}, {atol} and {step_size}.")
         self.f, self.method, self.rtol, self.atol, self.step_size, self.adjoint = (

@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import statistics
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -93,22 +94,38 @@ def recorded(experiment: str) -> dict[str, dict[str, Any]]:
     return {path.parent.name: load(path.parent) for path in sorted((RESULTS / experiment).glob("*/metrics.json"))}
 
 
-def card(records: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of the table that ends a chapter: how each recorded run that it shows was made."""
-    return [
-        {
-            "run": name,
-            "seed": r["seed"],
-            "device": r["device"],
-            "minutes": round(r["wall_time_s"] / 60, 1),
-            "evaluations": r["evaluations"],
-            "data": f"{r['data']['name']} ({r['data']['sha256'][:8]})",
-            "revision": r["revision"][:8],
-            "torch": r["versions"]["torch"],
-            "date": r["date"],
-        }
+def card(records: dict[str, dict[str, Any]]) -> str:
+    """The table that ends a chapter, in Markdown: how each recorded run that it shows was made."""
+    header = ["run", "seed", "device", "minutes", "evaluations", "data (sha256)", "revision", "torch", "date"]
+    rows = [
+        [
+            name,
+            r["seed"],
+            r["device"],
+            f"{r['wall_time_s'] / 60:.1f}",
+            r["evaluations"],
+            f"{r['data']['name']} ({r['data']['sha256'][:8]})",
+            r["revision"][:8],
+            r["versions"]["torch"],
+            r["date"],
+        ]
         for name, r in records.items()
     ]
+    return table(header, rows)
+
+
+def table(header: list[str], rows: list[list[Any]]) -> str:
+    """A table in Markdown, for IPython's ``Markdown``."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def spread(values: list[float], digits: int = 1) -> str:
+    """Mean and, of several runs, standard deviation, as text; a dash where there is no value."""
+    if not values:
+        return "–"
+    mean = f"{statistics.fmean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
 def _check(rec: Any, where: Path) -> None:

@@ -1,8 +1,8 @@
 """Encoders and decoders of the latent ODE: for scenes of moving objects, and plain ones for whole frames.
 
 An encoder maps a context (frames [B, T, C, H, W], times [B, T] and a mask [B, T] of the entries that count) to the
-mean and log-variance of the latent at each video's first time, [B, K, state + content] each. It reads the frames from
-last to first, so that its memory ends where the ODE starts. A decoder maps states [B, T, K, state] and contents
+mean and log-variance of the latent at each video's last time, [B, K, state + content] each: the ODE starts where the
+memory of the frames ends. A decoder maps states [B, T, K, state] and contents
 [B, 1 or T, K, content] to frames [B, T, C, H, W] in (0, 1).
 """
 
@@ -42,7 +42,7 @@ class ObjectEncoder(nn.Module):
     """q(z_0 | C) of K objects: a recurrent network that follows each object and looks closely at it.
 
     In every frame each object's position is found by soft k-means on the ink (brightness), started where the object
-    was last; a glimpse there corrects it and feeds a GRU. The latent's first two numbers are the position at the first
+    was last; a glimpse there corrects it and feeds a GRU. The latent's first two numbers are the position at the last
     time; its content is read off the mean of the glimpses, where the object stands still and all else is blurred.
     """
 
@@ -75,22 +75,22 @@ class ObjectEncoder(nn.Module):
         ink = self.ink_power * (ink.flatten(2) + 1e-3).log()  # [B, T, cells]
         p = self.anchors.expand(batch, -1, -1)
         h = frames.new_zeros(batch, self.objects, self.memory.hidden_size)
-        seen, later = torch.zeros_like(mask[:, 0]), t[:, -1]
+        seen, before = torch.zeros_like(mask[:, 0]), t[:, 0]
         positions, memories = [], []
-        for i in reversed(range(length)):
+        for i in range(length):
             now = self.k_means(ink[:, i], p + self.move(h))
             glimpse = self.glimpse(self.look(frames[:, i], now).flatten(2))
             now = now + self.correct(glimpse)
-            gap = torch.where(seen, later - t[:, i], 0)[:, None, None].expand(-1, self.objects, 1)
-            step = torch.where(seen[:, None, None], p - now, 0)
+            gap = torch.where(seen, t[:, i] - before, 0)[:, None, None].expand(-1, self.objects, 1)
+            step = torch.where(seen[:, None, None], now - p, 0)
             inputs = torch.cat([glimpse, now, gap, 5 * step], -1)  # 5: a step is about as large as the rest
             new = self.memory(inputs.flatten(0, 1), h.flatten(0, 1)).unflatten(0, (batch, self.objects))
             valid = mask[:, i]
             p, h = torch.where(valid[:, None, None], now, p), torch.where(valid[:, None, None], new, h)
-            later, seen = torch.where(valid, t[:, i], later), seen | valid
+            before, seen = torch.where(valid, t[:, i], before), seen | valid
             positions.append(p)
             memories.append(h)
-        positions, memories = torch.stack(positions[::-1], 1), torch.stack(memories[::-1], 1)
+        positions, memories = torch.stack(positions, 1), torch.stack(memories, 1)
         weights = self.to_weight(memories).masked_fill(~mask[:, :, None, None], -torch.inf).softmax(1)
         mean_glimpse = (self.look(frames, positions).flatten(3) * weights).sum(1)
         content = self.to_content(mean_glimpse) + self.to_content_linear(mean_glimpse)
@@ -163,12 +163,12 @@ class FrameEncoder(nn.Module):
         """Mean and log-variance of z_0, [B, 1, state] each."""
         features = self.net(frames.flatten(0, 1)).unflatten(0, frames.shape[:2])
         h = frames.new_zeros(len(frames), self.memory.hidden_size)
-        seen, later = torch.zeros_like(mask[:, 0]), t[:, -1]
-        for i in reversed(range(frames.shape[1])):
-            gap = torch.where(seen, later - t[:, i], 0)[:, None]
+        seen, before = torch.zeros_like(mask[:, 0]), t[:, 0]
+        for i in range(frames.shape[1]):
+            gap = torch.where(seen, t[:, i] - before, 0)[:, None]
             valid = mask[:, i]
             h = torch.where(valid[:, None], self.memory(torch.cat([features[:, i], gap], -1), h), h)
-            later, seen = torch.where(valid, t[:, i], later), seen | valid
+            before, seen = torch.where(valid, t[:, i], before), seen | valid
         mean, log_variance = self.head(h)[:, None].chunk(2, -1)
         return mean, log_variance + FIRST_LOG_VARIANCE
 

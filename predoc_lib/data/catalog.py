@@ -6,7 +6,6 @@ cache directory, and every file of it is checked against its known size and sha2
 
 import contextlib
 import dataclasses
-import difflib
 import functools
 import hashlib
 import os
@@ -15,6 +14,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pooch
+
+from predoc_lib.naming import unknown
 
 
 class DataError(ValueError):
@@ -163,9 +164,7 @@ def status() -> list[dict[str, str]]:
 
 def _entry(name: str) -> DataSet:
     if name not in DATASETS:
-        near = difflib.get_close_matches(name, DATASETS, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise DataError(f"Unknown data set {name!r}.{hint} Valid: {', '.join(DATASETS)}.")
+        raise DataError(unknown("data set", name, DATASETS))
     return DATASETS[name]
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torchvision.datasets import mnist
 
 from predoc_lib.data import catalog
+from predoc_lib.naming import unknown
 from predoc_lib.render import place
 
 SPLITS = ("train", "validation", "test")
@@ -31,7 +32,7 @@ def digit_images(dataset: str, split: str, size: int) -> tuple[Float[Tensor, "n 
         catalog.DataError: unknown data set or split, or its files are absent or damaged.
     """
     if split not in SPLITS:
-        raise catalog.DataError(f"Unknown split {split!r}. Valid: {', '.join(SPLITS)}.")
+        raise catalog.DataError(unknown("split", split, SPLITS))
     folder = catalog.require(dataset)
     if dataset == "digits":
         images, labels = sklearn.datasets.load_digits(return_X_y=True)

@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import difflib
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -10,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from predoc_lib.naming import unknown
 
 PRESETS = ("smoke", "book", "thesis")
 """``smoke``: seconds, for tests. ``book``: at most 15 minutes on 2 CPU cores. ``thesis``: the report's sizes."""
@@ -30,11 +31,9 @@ def option(default: Any, meaning: str, *, choices: Iterable | None = None, low: 
 def choose(value: Any, valid: Iterable, what: str) -> Any:
     """Return ``value`` if it is one of ``valid``, else raise ConfigError with the list and the nearest name."""
     valid = tuple(valid)
-    if value in valid:
-        return value
-    near = difflib.get_close_matches(str(value), [str(v) for v in valid], n=1, cutoff=0.5)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise ConfigError(f"Unknown {what} {value!r}.{hint} Valid: {', '.join(str(v) for v in valid)}.")
+    if value not in valid:
+        raise ConfigError(unknown(what, value, valid))
+    return value
 
 
 def build(config_class: type, preset: str = "book", **overrides: Any) -> Any:
