@@ -5,6 +5,7 @@ import importlib
 import json
 import operator
 import re
+import runpy
 import subprocess
 import tomllib
 from pathlib import Path
@@ -103,3 +104,9 @@ def test_the_map_of_equations_names_functions_and_tests_that_exist():
         operator.attrgetter(attributes)(importlib.import_module(f"predoc_lib.{module}"))
         defined = [node.name for node in ast.walk(ast.parse((ROOT / file).read_text())) if hasattr(node, "name")]
         assert test in defined, f"{file} has no {test}"
+
+
+def test_the_figures_in_the_readme_are_those_of_the_recorded_runs():
+    tool = runpy.run_path(str(ROOT / "tools" / "readme.py"))
+    text = (ROOT / "README.md").read_text()
+    assert tool["filled"](text) == text, "run python tools/readme.py"

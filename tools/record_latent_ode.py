@@ -39,6 +39,7 @@ def plan() -> dict[str, dict]:
         "digits32-1-stride1-ode-plain": PLAIN,
         "digits32-1-stride1-ode-plain-reconstruction": PLAIN | RECONSTRUCTION,
         "digits32-1-stride1-ode-free": FREE,
+        "digits32-1-stride1-ode-elbo": {"kl_weight": 1.0},
     }
     first, mnist = {"seed": 0}, MNIST | {"seed": 0}
     runs = all_of("digits32", 2, first) | all_of("digits32", 1, first)

@@ -37,12 +37,12 @@ class Config:
     )  # fmt: skip
     n_videos: int = option(0, "training videos (the report: 10000); 0: new ones at every step", low=0)
     batch_size: int = option(32, "videos a step (the report: 128)", low=1)
-    steps: int = option(6000, "optimizer steps (the report: 2000 epochs of 79 steps)", low=1)
+    steps: int = option(4000, "optimizer steps (the report: 2000 epochs of 79 steps)", low=1)
     learning_rate: float = option(3e-3, "the highest, of Adam with warm-up and cosine decay", low=1e-8)
     state: int = option(24, "numbers in an object's state, even", low=4)
     content: int = option(32, "numbers in an object's content", low=1)
     width: int = option(128, "of the hidden layers", low=16)
-    kl_weight: float = option(1.0, "weight of the KL term of eq. 4.4", low=0)
+    kl_weight: float = option(0.02, "weight of the KL term of eq. 4.4 (the report: 1)", low=0)
     likelihood: str = option("bernoulli", "of a pixel", choices=LIKELIHOODS)
     method: str = option("rk4", "ODE solver", choices=ADAPTIVE + FIXED_STEP)
     step_size: float = option(1.0, "longest step of a fixed-step solver, frames", low=1e-3)
@@ -58,6 +58,7 @@ class Config:
         "thesis": {
             "dataset": "mnist", "canvas": 64, "objective": "reconstruction", "n_videos": 10_000, "batch_size": 128,
             "steps": 2000 * 79,
+            "kl_weight": 1.0,
         },
     }  # fmt: skip
 
