@@ -43,7 +43,7 @@ def plan() -> dict[str, dict]:
     }
     first, mnist = {"seed": 0}, MNIST | {"seed": 0}
     runs = all_of("digits32", 2, first) | all_of("digits32", 1, first)
-    runs |= all_of("mnist64", 2, mnist) | variants | all_of("mnist64", 1, mnist)
+    runs |= variants | all_of("mnist64", 2, mnist) | all_of("mnist64", 1, mnist)
     for seed in (1, 2):
         runs |= all_of("digits32", 2, {"seed": seed}) | all_of("digits32", 1, {"seed": seed})
     return runs
