@@ -1,7 +1,7 @@
 """Speed and memory of the latent ODE's solvers, as ratios in one run: ``python benchmarks/latent_ode.py [--out FILE]``.
 
 Each solver is timed in turn, round after round, so that a machine that slows down slows all of them. Memory is what a
-training step keeps for its backward pass: counted with saved-tensor hooks on a CPU, the allocator's peak on a GPU.
+training step keeps for its backward pass: counted with saved-tensor hooks on a CPU, by the allocator on a GPU.
 """
 
 import argparse
@@ -25,22 +25,24 @@ SOLVERS = {
 }
 
 
-def bytes_saved(step, device: torch.device) -> int:
-    """Bytes that one training step keeps for its backward pass."""
+def bytes_kept(forward, device: torch.device) -> int:
+    """Bytes that one forward pass keeps for the backward pass."""
     if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        step()
-        return torch.cuda.max_memory_allocated(device) - before
-    kept = {}
+        loss = forward()
+        kept = torch.cuda.memory_allocated(device) - before
+        del loss
+        return kept
+    sizes = {}
 
     def keep(x):
-        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        step()
-    return sum(kept.values())
+        loss = forward()  # held until here, so that no storage is freed and counted twice
+    del loss
+    return sum(sizes.values())
 
 
 def main() -> None:
@@ -69,42 +71,45 @@ def main() -> None:
         torch.manual_seed(0)
         model = build_model(dataclasses.replace(config, **options)).to(device)
 
-        def train(model=model) -> None:
+        def forward(model=model) -> torch.Tensor:
+            return model.negative_elbo(frames, t, n_context=CONTEXT)["loss"]
+
+        def train(model=model, forward=forward) -> None:
             model.zero_grad(set_to_none=True)
-            model.negative_elbo(frames, t, n_context=CONTEXT)["loss"].backward()
+            forward().backward()
 
         @torch.no_grad()
         def decode(model=model) -> None:
             model.predict(frames[:, :CONTEXT], seen, query)
 
-        calls[name] = (train, decode, model)
-    for train, decode, _ in calls.values():
+        calls[name] = (train, decode, forward, model)
+    for train, decode, *_ in calls.values():
         train(), decode()
     times = {name: ([], []) for name in calls}
     for _ in range(a.rounds):
-        for name, (train, decode, _) in calls.items():
+        for name, (train, decode, *_) in calls.items():
             times[name][0].append(timed(train))
             times[name][1].append(timed(decode))
     rows = {}
-    for name, (train, _, model) in calls.items():
+    for name, (_, _, forward, model) in calls.items():
         seconds = [statistics.median(x) for x in times[name]]
-        memory = bytes_saved(train, device)
+        memory = bytes_kept(forward, device)
         rows[name] = {
             "videos_per_s_training": a.batch_size / seconds[0],
             "videos_per_s_decoding": a.batch_size / seconds[1],
-            "bytes_saved": memory,
+            "bytes_kept": memory,
             "evaluations": model.stats["evaluations"],
         }
     base = next(iter(rows.values()))
     print(f"{device_name(device)}, batch {a.batch_size}, {a.canvas} x {a.canvas}; ratios to the first row")
-    columns = ("train videos/s", "decode videos/s", "saved MB")
+    columns = ("train videos/s", "decode videos/s", "kept MB")
     print(f"{'solver':24}" + "".join(f"{column:>17}{'ratio':>7}" for column in columns))
     for name, row in rows.items():
         ratio = {k: row[k] / base[k] for k in row}
         print(
             f"{name:24}{row['videos_per_s_training']:17.0f}{ratio['videos_per_s_training']:7.2f}"
             f"{row['videos_per_s_decoding']:17.0f}{ratio['videos_per_s_decoding']:7.2f}"
-            f"{row['bytes_saved'] / 1e6:17.1f}{ratio['bytes_saved']:7.2f}"
+            f"{row['bytes_kept'] / 1e6:17.1f}{ratio['bytes_kept']:7.2f}"
         )
     if a.out:
         record = {"device": device_name(device), "canvas": a.canvas, "batch_size": a.batch_size, "solvers": rows}

@@ -15,7 +15,7 @@ from torch.distributions import Normal, kl_divergence
 
 from predoc_lib.naming import unknown
 from predoc_lib.ode import NeuralODE
-from predoc_lib.video_nets import FrameEncoder, FramePainter, ObjectEncoder, ObjectPainter, mlp
+from predoc_lib.video_nets import FrameEncoder, FramePainter, ObjectEncoder, ObjectPainter, halvings, mlp
 
 LIKELIHOODS = ("bernoulli", "gaussian")
 LAYOUTS = ("objects", "plain")
@@ -117,6 +117,8 @@ class LatentODE(nn.Module):
             self.encoder = ObjectEncoder(self.frame, channels, objects, state, content, width)
             self.decoder = ObjectPainter(self.frame, channels, state, content, width)
         else:
+            if frame[0] % 2 ** halvings(frame) or frame[1] % 2 ** halvings(frame):
+                raise ValueError(f"Layout 'plain' needs sides that divide by {2 ** halvings(frame)}, got {frame}.")
             objects, content = 1, 0
             self.encoder = FrameEncoder(self.frame, channels, state, width)
             self.decoder = FramePainter(self.frame, channels, state, width)
@@ -139,14 +141,14 @@ class LatentODE(nn.Module):
         Raises:
             ValueError: a wrong shape or range, times that do not increase, no observed frame.
         """
-        t, mask = check_video(frames, t, mask, self.frame, self.channels)
+        t, mask = self._check(frames, t, mask)
         mean, log_variance = self.encoder(frames, t, mask)
         return Normal(mean.flatten(1), (log_variance / 2).exp().flatten(1))
 
     def decode(self, z: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch C H W"]:
         """Mean frames of p(x | z), in (0, 1), each latent for itself (eq. 4.3)."""
         state, content = self.split(z.reshape(1, -1, z.shape[-1]))
-        return self._paint(state, content)[0].unflatten(0, z.shape[:-1])
+        return self._paint(state, content)[0].reshape(*z.shape[:-1], self.channels, *self.frame)
 
     def split(self, z: Float[Tensor, "*batch D"]) -> tuple[Tensor, Tensor]:
         """The states [*, K, state], which move, and the contents [*, K, content], which do not."""
@@ -178,8 +180,12 @@ class LatentODE(nn.Module):
 
         The other arguments and the errors are those of ``encode``; t_query may lie before, between or after t.
         """
-        if t_query.ndim not in (1, 2) or t_query.shape[-1] == 0 or not torch.isfinite(t_query).all():
-            raise ValueError(f"t_query must hold at least one finite time, [Tq] or [B, Tq], got {list(t_query.shape)}.")
+        if t_query.ndim not in (1, 2) or not t_query.numel() or (t_query.ndim == 2 and len(t_query) != len(frames)):
+            raise ValueError(
+                f"t_query must hold at least one time, [Tq] or [{len(frames)}, Tq], got {list(t_query.shape)}."
+            )
+        if not torch.isfinite(t_query).all():
+            raise ValueError(f"t_query must be finite, got {t_query.tolist()}.")
         return self._frames_at(self.encode(frames, t, mask).mean, self._since_last(t, mask, t_query, len(frames)))
 
     def negative_elbo(
@@ -196,13 +202,13 @@ class LatentODE(nn.Module):
         Returns:
             "loss" = "reconstruction" + kl_weight * "kl", each a scalar.
         """
-        times, observed = check_video(frames, t, mask, self.frame, self.channels)
+        times, observed = self._check(frames, t, mask)
         n = frames.shape[1] if n_context is None else n_context
         if not 1 <= n <= frames.shape[1]:
             raise ValueError(f"n_context must lie between 1 and the {frames.shape[1]} frames given, got {n_context}.")
         q = self.encode(frames[:, :n], times[:, :n], observed[:, :n])
         tau = self._since_last(times[:, :n], observed[:, :n], times, len(frames))
-        mean = self._frames_at(q.rsample(), tau)
+        mean = self._frames_at(q.rsample(), torch.where(observed, tau, 0))
         if self.likelihood == "bernoulli":
             nats = nn.functional.binary_cross_entropy(mean, frames, reduction="none")
         else:
@@ -211,9 +217,14 @@ class LatentODE(nn.Module):
         kl = kl_divergence(q, Normal(0.0, 1.0)).sum(1).mean()
         return {"loss": reconstruction + self.kl_weight * kl, "reconstruction": reconstruction, "kl": kl}
 
+    def _check(self, frames: Tensor, t: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        return check_video(frames, t, mask, self.frame, self.channels, next(self.parameters()).dtype)
+
     def _frames_at(self, z0: Tensor, tau: Tensor) -> Tensor:
         s0, content = self.split(z0)
-        return self._paint(self.solve(s0, tau), content[:, None])  # the content is drawn once, not at every time
+        return self._paint(
+            self.solve(s0, tau.to(z0.dtype)), content[:, None]
+        )  # the content is drawn once, not at every time
 
     def _paint(self, state: Tensor, content: Tensor) -> Tensor:
         return SMALLEST + (1 - 2 * SMALLEST) * self.decoder(state, content)
@@ -226,9 +237,9 @@ class LatentODE(nn.Module):
 
 
 def check_video(
-    frames: Tensor, t: Tensor, mask: Tensor | None, frame: tuple[int, int], channels: int
+    frames: Tensor, t: Tensor, mask: Tensor | None, frame: tuple[int, int], channels: int, dtype: torch.dtype
 ) -> tuple[Float[Tensor, "B T"], Bool[Tensor, "B T"]]:
-    """Times and mask as [B, T], if frames are [B, T, C, H, W] in [0, 1] and each video's observed times increase.
+    """Times (0 where masked) and mask as [B, T], if frames are [B, T, C, H, W] in [0, 1] and observed times increase.
 
     Raises:
         ValueError: what was expected and what was given.
@@ -242,6 +253,8 @@ def check_video(
     low, high = frames.aminmax()
     if not frames.is_floating_point() or not (low >= 0 and high <= 1):
         raise ValueError(f"frames must be floats in [0, 1], got {frames.dtype} from {low:.4g} to {high:.4g}.")
+    if frames.dtype != dtype:
+        raise ValueError(f"frames must be {dtype}, as the model's weights are, got {frames.dtype}.")
     if t.shape not in ((length,), (batch, length)) or not t.is_floating_point():
         raise ValueError(f"t must be floats, [{length}] or [{batch}, {length}], got {t.dtype} {list(t.shape)}.")
     t = t.expand(batch, length)
@@ -253,6 +266,13 @@ def check_video(
             f"Every video needs at least one observed frame; video {int(mask.any(1).int().argmin())} has none."
         )
     latest = torch.where(mask, t, -torch.inf).cummax(1).values  # of the observed times so far
-    if not (torch.where(mask, t, torch.inf)[:, 1:] > latest[:, :-1]).all() or not torch.isfinite(t[mask]).all():
-        raise ValueError("The observed times of a video must be finite and increase strictly from frame to frame.")
-    return t, mask
+    wrong = mask & ~torch.isfinite(t)
+    wrong[:, 1:] |= mask[:, 1:] & ~(t[:, 1:] > latest[:, :-1])
+    if wrong.any():
+        video = int(wrong.any(1).int().argmax())
+        raise ValueError(
+            f"Observed times must be finite and increase strictly; video {video} has {t[video][mask[video]].tolist()}."
+        )
+    return torch.where(mask, t, 0).to(
+        dtype
+    ), mask  # whatever stands where nothing was observed, it is finite from here on

@@ -13,8 +13,8 @@ def _hats(size: int, patch_size: int, corner: Tensor) -> Tensor:
 
 
 def place(
-    patches: Float[Tensor, "*batch h w"], corners: Float[Tensor, "*batch 2"], canvas: tuple[int, int]
-) -> Float[Tensor, "*batch H W"]:
+    patches: Float[Tensor, "... h w"], corners: Float[Tensor, "... 2"], canvas: tuple[int, int]
+) -> Float[Tensor, "... H W"]:
     """Draw each patch with its upper left corner at (y, x) = ``corners``, in pixels, by linear interpolation.
 
     Linear interpolation is separable, so placing is two small matrix products with hat functions. It is differentiable
@@ -27,8 +27,8 @@ def place(
 
 
 def crop(
-    images: Float[Tensor, "*batch H W"], corners: Float[Tensor, "*batch 2"], patch: tuple[int, int]
-) -> Float[Tensor, "*batch h w"]:
+    images: Float[Tensor, "... H W"], corners: Float[Tensor, "... 2"], patch: tuple[int, int]
+) -> Float[Tensor, "... h w"]:
     """Cut the patch with its upper left corner at (y, x) = ``corners``, in pixels, out of each image.
 
     It is the transpose of ``place``, and so linear interpolation of the image at real-valued positions; outside the

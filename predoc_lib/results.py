@@ -35,7 +35,7 @@ def record(
     wall_time_s: float,
     evaluations: int,
     data: dict[str, str],
-    history: list[dict[str, float]],
+    history: list[dict[str, Any]],
 ) -> dict[str, Any]:
     """What a run leaves behind: its figures and all that is needed to make them again.
 
@@ -151,7 +151,7 @@ def _revision() -> str:
 def device_name(device: torch.device) -> str:
     """The processor's or the GPU's name, and how many threads PyTorch uses."""
     if device.type == "cuda":
-        return torch.cuda.getdevice_name(device)
+        return torch.cuda.get_device_name(device)
     model = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -29,12 +30,12 @@ def fit(
     *,
     steps: int,
     learning_rate: float,
-    evaluate: Callable[[], dict[str, float]] | None = None,
+    evaluate: Callable[[], dict[str, Any]] | None = None,
     evaluate_every: int = 500,
     show: str = "",
     folder: Path | None = None,
     progress: bool | None = None,
-) -> tuple[list[dict[str, float]], float]:
+) -> tuple[list[dict[str, Any]], float]:
     """Minimize loss(step) over the model's parameters with Adam, a short warm-up and a cosine decay to zero.
 
     Args:
@@ -53,7 +54,7 @@ def fit(
         alone, without evaluations.
 
     Raises:
-        TrainingError: the loss is not finite; the weights of the last evaluation before it are kept.
+        TrainingError: the loss or its gradient is not finite; the weights of the last evaluation before it are kept.
         KeyboardInterrupt: after Ctrl-C, when the weights are saved.
     """
     optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate)
@@ -67,16 +68,11 @@ def fit(
     try:
         for step in bar:
             value = loss(step)
-            if not torch.isfinite(value):
-                kept = f"the weights of step {history[-1]['step']} are kept" if history else "no weights were saved yet"
-                where = f" in {folder}" if folder else ""
-                raise TrainingError(
-                    f"The loss is {value.item()} at step {step}: training stopped; {kept}{where}. "
-                    "Try a smaller learning_rate, or look for bad values in the data."
-                )
+            _must_be_finite("loss", value, step, history, folder)
             optimizer.zero_grad(set_to_none=True)
             value.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), max_norm=50.0)
+            norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm=50.0)
+            _must_be_finite("gradient", norm, step, history, folder)
             optimizer.step()
             schedule.step()
             recent.append(value.detach())
@@ -100,6 +96,17 @@ def fit(
             print(f"Interrupted at step {step}: the weights are in {folder / 'weights.safetensors'}.", file=sys.stderr)
         raise
     return history, seconds
+
+
+def _must_be_finite(what: str, value: Tensor, step: int, history: list[dict[str, Any]], folder: Path | None) -> None:
+    if torch.isfinite(value):
+        return
+    kept = f"the weights of step {history[-1]['step']} are kept" if history else "no weights were saved yet"
+    where = f" in {folder}" if folder and history else ""
+    raise TrainingError(
+        f"The {what} is {value.item()} at step {step}: training stopped; {kept}{where}. "
+        "Try a smaller learning_rate, or look for bad values in the data."
+    )
 
 
 def save_weights(model: nn.Module, path: Path, dtype: torch.dtype | None = None) -> None:

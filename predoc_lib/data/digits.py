@@ -49,7 +49,7 @@ def digit_images(dataset: str, split: str, size: int) -> tuple[Float[Tensor, "n 
     return images[:, 0], torch.from_numpy(np.asarray(labels[part]))
 
 
-def reflect(x: Tensor, length: float) -> Tensor:
+def reflect(x: Tensor, length: float | int) -> Tensor:
     """Fold the real line into [0, length]: where a point that walks to x is when walls at both ends reflect it."""
     return length - (torch.remainder(x, 2 * length) - length).abs()
 

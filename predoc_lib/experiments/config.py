@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import math
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -64,7 +65,9 @@ def check(config: Any) -> None:
         if f.metadata["choices"] is not None:
             choose(value, f.metadata["choices"], f"value of {f.name!r}:")
         low = f.metadata["low"]
-        if low is not None and not value >= low:
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"Parameter {f.name!r} must be finite, got {value!r}.")
+        if low is not None and value < low:
             raise ConfigError(f"Parameter {f.name!r} must be at least {low}, got {value!r}.")
 
 
@@ -79,6 +82,12 @@ def choose_device(name: str) -> torch.device:
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
+def _truth(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"must be true or false, got {text!r}")
+    return text.lower() == "true"
+
+
 def main(config_class: type, run: Callable[..., dict[str, Any]]) -> None:
     """The command line of an experiment: ``--preset``, ``--folder`` and one option for every field of its Config."""
     parser = argparse.ArgumentParser(description=run.__doc__.splitlines()[0])
@@ -86,7 +95,7 @@ def main(config_class: type, run: Callable[..., dict[str, Any]]) -> None:
     parser.add_argument("--folder", type=Path, help="where metrics.json and weights.safetensors are written")
     for f in dataclasses.fields(config_class):
         kind = type(f.default)
-        as_bool = {"type": lambda s: {"true": True, "false": False}[s.lower()], "metavar": "true|false"}
+        as_bool = {"type": _truth, "metavar": "true|false"}
         parser.add_argument(
             f"--{f.name.replace('_', '-')}", help=f.metadata["meaning"], **(as_bool if kind is bool else {"type": kind})
         )

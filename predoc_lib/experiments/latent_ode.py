@@ -12,7 +12,7 @@ from torch import Tensor
 from predoc_lib import metrics, results, training
 from predoc_lib.baselines import LatentGRU, copy_last, cross_fade, mean_image
 from predoc_lib.data import MovingDigits, catalog, moving_digits
-from predoc_lib.experiments.config import DEVICES, check, choose_device, main, option
+from predoc_lib.experiments.config import DEVICES, ConfigError, check, choose_device, main, option
 from predoc_lib.latent_ode import FIELDS, LAYOUTS, LIKELIHOODS, LatentODE
 from predoc_lib.ode import ADAPTIVE, FIXED_STEP
 from predoc_lib.render import crop
@@ -64,6 +64,8 @@ class Config:
 
     def __post_init__(self) -> None:
         check(self)
+        if self.state % 2:
+            raise ConfigError(f"Parameter 'state' must be even, got {self.state}.")
 
 
 def build_model(config: Config) -> LatentODE:

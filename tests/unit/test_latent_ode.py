@@ -407,7 +407,7 @@ def test_a_patch_is_drawn_with_its_centre_at_its_position(p):
 def one_sentence(error):
     message = str(error.value)
     assert "\n" not in message
-    assert len(message) < 250
+    assert len(message) < 300
     assert message.endswith(".")
 
 
@@ -420,19 +420,19 @@ BAD_VIDEOS = {
     "three channels": ({"frames": FRAMES.expand(-1, -1, 3, -1, -1)}, r"\[B, T, 1, 8, 12\], got \[2, 5, 3, 8, 12\]"),
     "no video": ({"frames": FRAMES[:0]}, r"at least one video .*, got \[0, 5, 1, 8, 12\]"),
     "no frame": ({"frames": FRAMES[:, :0], "t": T32[:0]}, r"at least one .* frame, got \[2, 0, 1, 8, 12\]"),
-    "bytes": ({"frames": (FRAMES * 255).byte()}, r"floats in \[0, 1\], got torch\.uint8 from \d+ to \d+"),
-    "too bright": ({"frames": FRAMES * 255}, r"floats in \[0, 1\], got torch\.float32 from .* to 2\d\d"),
-    "negative": ({"frames": FRAMES - 0.5}, r"floats in \[0, 1\], got torch\.float32 from -0\.\d+ to"),
+    "bytes": ({"frames": (FRAMES * 255).byte()}, r"in \[0, 1\], got torch\.uint8 from \d+ to \d+"),
+    "too bright": ({"frames": FRAMES * 255}, r"in \[0, 1\], got torch\.float32 from .* to 2\d\d"),
+    "negative": ({"frames": FRAMES - 0.5}, r"in \[0, 1\], got torch\.float32 from -0\.\d+ to"),
     "nan": ({"frames": torch.full_like(FRAMES, math.nan)}, r"in \[0, 1\], got torch\.float32 from nan to nan"),
     "half precision": ({"frames": FRAMES.half()}, r"float32.*float16"),
     "double precision": ({"frames": FRAMES.double()}, r"float32.*float64"),
     "whole times": ({"t": T32.long()}, r"t must be floats, .*got torch\.int64 \[5\]"),
     "too few times": ({"t": T32[:4]}, r"\[5\] or \[2, 5\], got torch\.float32 \[4\]"),
     "times of other videos": ({"t": T32.expand(3, -1)}, r"\[5\] or \[2, 5\], got torch\.float32 \[3, 5\]"),
-    "falling times": ({"t": T32.flip(0)}, r"increase strictly.*got .*(3.*4|4.*3)"),
-    "repeated time": ({"t": torch.tensor([0.0, 1.0, 1.0, 2.0, 3.0])}, r"increase strictly.*got .*1.*1"),
-    "infinite time": ({"t": torch.tensor([0.0, 1.0, 2.0, 3.0, math.inf])}, r"finite.*got .*inf"),
-    "time that is nan": ({"t": torch.tensor([0.0, 1.0, math.nan, 3.0, 4.0])}, r"finite.*got .*nan"),
+    "falling times": ({"t": T32.flip(0)}, r"increase strictly.*(3.*4|4.*3)"),
+    "repeated time": ({"t": torch.tensor([0.0, 1.0, 1.0, 2.0, 3.0])}, r"increase strictly.*1.*1"),
+    "infinite time": ({"t": torch.tensor([0.0, 1.0, 2.0, 3.0, math.inf])}, r"finite.*inf"),
+    "time that is nan": ({"t": torch.tensor([0.0, 1.0, math.nan, 3.0, 4.0])}, r"finite.*nan"),
     "mask of numbers": ({"mask": EVERY.float()}, r"mask must be booleans \[2, 5\], got torch\.float32 \[2, 5\]"),
     "mask of one video": ({"mask": EVERY[0]}, r"mask must be booleans \[2, 5\], got torch\.bool \[5\]"),
     "nothing observed": ({"mask": EVERY * torch.tensor([[True], [False]])}, r"at least one observed.*video 1"),
@@ -460,8 +460,8 @@ def test_a_bad_video_is_refused_in_one_sentence(method, change, message):
         (torch.tensor(1.0), r"\[Tq\] or \[[B2], Tq\], got \[\]"),
         (torch.zeros(2, 1, 3), r"\[Tq\] or \[[B2], Tq\], got \[2, 1, 3\]"),
         (torch.zeros(3, 4), r"\[Tq\] or \[[B2], Tq\], got .*\[3, 4\]"),
-        (torch.tensor([0.0, math.nan]), r"finite.*got .*nan"),
-        (torch.tensor([0.0, math.inf]), r"finite.*got .*inf"),
+        (torch.tensor([0.0, math.nan]), r"finite.*nan"),
+        (torch.tensor([0.0, math.inf]), r"finite.*inf"),
     ],
     ids=["empty", "empty for each", "no axis", "three axes", "of other videos", "nan", "infinite"],
 )
@@ -479,14 +479,19 @@ def test_a_context_that_is_empty_or_too_long_is_refused(n):
     one_sentence(error)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+@pytest.mark.parametrize(
+    ("dtype", "shift"), [(torch.float64, 0.0), (torch.float16, 0.0), (torch.float64, 2.0**31)], ids=str
+)
 @pytest.mark.usefixtures("as_shipped")
-def test_times_of_another_precision_than_the_frames_serve_too(dtype):
-    """NumPy's times are float64."""
+def test_times_of_another_precision_than_the_frames_serve_too(dtype, shift):
+    """NumPy's times are float64, and may be seconds since 1970, whose differences float32 would lose."""
     model = LatentODE(FRAME, state=6, content=5, width=16)
-    expected = model.predict(FRAMES, T32, T32)
-    close(model.predict(FRAMES, T32.to(dtype), T32.to(dtype)), expected, 1e-6)
-    assert torch.isfinite(model.negative_elbo(FRAMES, T32.to(dtype))["loss"])
+    t = T32.to(dtype) + shift
+    close(model.predict(FRAMES, t, t - 0.5), model.predict(FRAMES, T32, T32 - 0.5), 1e-6)
+    torch.manual_seed(1)
+    expected = model.negative_elbo(FRAMES, T32, n_context=3)["loss"]
+    torch.manual_seed(1)
+    close(model.negative_elbo(FRAMES, t, n_context=3)["loss"], expected, 1e-2)
 
 
 @pytest.mark.parametrize(
@@ -500,6 +505,7 @@ def test_times_of_another_precision_than_the_frames_serve_too(dtype):
         ({"state": 2}, r"state must be .*, got 2"),
         ({"frame": (8, 9)}, r"even sides of at least 8 pixels, got \(8, 9\)"),
         ({"frame": (6, 8)}, r"even sides of at least 8 pixels, got \(6, 8\)"),
+        ({"frame": (36, 64), "layout": "plain"}, r"'plain'.* 8, got \(36, 64\)"),  # 36 / 8 is not whole
         ({"rtol": -1.0}, r"must be positive, got -1\.0"),
     ],
 )
@@ -508,13 +514,10 @@ def test_bad_options_are_refused(options, message):
         LatentODE(**{"frame": FRAME, **options})
 
 
-@pytest.mark.parametrize("frame", [(8, 8), (10, 14), (64, 48), (36, 64)])
-@pytest.mark.parametrize("layout", ["objects", "plain"])
-def test_every_frame_size_that_is_accepted_works(frame, layout):
-    try:
-        model = LatentODE(frame, layout=layout, width=16)
-    except ValueError as error:  # 36 cannot be halved three times
-        assert (frame, layout) == ((36, 64), "plain")
-        assert str(frame) in str(error)
-        return
+@pytest.mark.parametrize(
+    ("layout", "frame"),
+    [("objects", (8, 8)), ("objects", (10, 14)), ("objects", (36, 64)), ("plain", (10, 14)), ("plain", (64, 48))],
+)
+def test_frames_come_out_as_large_as_they_went_in(layout, frame):
+    model = LatentODE(frame, layout=layout, width=16)
     assert model.predict(torch.rand(1, 2, 1, *frame), T32[:2], T32[:3]).shape == (1, 3, 1, *frame)

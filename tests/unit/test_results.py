@@ -35,7 +35,7 @@ def test_a_record_holds_all_that_is_needed_to_make_it_again():
     assert rec["config"] == {"seed": 7, "steps": 3}
     assert rec["seed"] == 7
     assert rec["wall_time_s"] == 61.3
-    assert rec["versions"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(rec["versions"]["torch"])
     assert "thread" in rec["device"]
 
 

@@ -1,5 +1,6 @@
 """The training loop, and weights on the disk."""
 
+import itertools
 import pickle
 import re
 import time
@@ -53,7 +54,7 @@ def test_the_learning_rate_warms_up_and_decays_to_zero():
     model, path = Point(0.0), []
     fit(model, lambda step: path.append(model.x.item()) or model.x.sum(), steps=100, learning_rate=0.1)
     path.append(model.x.item())
-    lengths = [a - b for a, b in zip(path, path[1:], strict=False)]
+    lengths = [a - b for a, b in itertools.pairwise(path)]
     assert lengths[0] == pytest.approx(0.01, rel=0.01)
     assert max(lengths) == pytest.approx(0.1, rel=0.05)
     assert lengths.index(max(lengths)) < 12
