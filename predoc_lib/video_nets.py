@@ -121,7 +121,7 @@ class ObjectPainter(nn.Module):
 
     def __init__(self, frame: tuple[int, int], channels: int, state: int, content: int, width: int) -> None:
         super().__init__()
-        self.read = mlp(state, width // 2, 2)
+        self.read = mlp(state, width, width, 2)
         nn.init.zeros_(self.read[-1].weight)
         nn.init.zeros_(self.read[-1].bias)
         self.geometry, self.channels = Geometry(frame), channels

@@ -37,7 +37,7 @@ class Config:
     )  # fmt: skip
     n_videos: int = option(0, "training videos (the report: 10000); 0: new ones at every step", low=0)
     batch_size: int = option(32, "videos a step (the report: 128)", low=1)
-    steps: int = option(4000, "optimizer steps (the report: 2000 epochs of 79 steps)", low=1)
+    steps: int = option(3000, "optimizer steps (the report: 2000 epochs of 79 steps)", low=1)
     learning_rate: float = option(3e-3, "the highest, of Adam with warm-up and cosine decay", low=1e-8)
     state: int = option(24, "numbers in an object's state, even", low=4)
     content: int = option(32, "numbers in an object's content", low=1)

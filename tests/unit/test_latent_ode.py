@@ -101,6 +101,16 @@ def test_every_parameter_gets_a_finite_gradient(variant):
         assert (p.grad != 0).any() or name.removeprefix("encoder.") in needless, name
 
 
+@variants
+def test_the_posterior_has_the_mean_and_the_variance_of_the_encoder(variant):
+    model = build(variant)
+    frames = video(model)
+    q = model.encode(frames, TIMES)
+    mean, log_variance = model.encoder(frames, TIMES.expand(3, -1), torch.ones(3, T, dtype=torch.bool))
+    close(q.mean, mean.flatten(1))
+    close(q.variance.log(), log_variance.flatten(1))
+
+
 # ---------------------------------------------------------------- what the encoder sees
 
 

@@ -172,8 +172,8 @@ def test_bad_options_are_refused(options, message):
 
 @pytest.mark.parametrize(
     "times",
-    [[0.0, 1.0, 1.0], [0.0, 1.0, 0.5], [0.0, math.nan], [], [[0.0, 1.0]], 1.0],
-    ids=["repeated", "turning", "nan", "empty", "two axes", "no axis"],
+    [[0.0, 1.0, 1.0], [1.0, 0.0, 0.0], [0.0, 1.0, 0.5], [0.0, math.nan], [], [[0.0, 1.0]], 1.0],
+    ids=["repeated", "repeated falling", "turning", "nan", "empty", "two axes", "no axis"],
 )
 @pytest.mark.usefixtures("as_shipped")
 def test_bad_times_are_refused(times):
