@@ -239,7 +239,7 @@ class LatentODE(nn.Module):
 def check_video(
     frames: Tensor, t: Tensor, mask: Tensor | None, frame: tuple[int, int], channels: int, dtype: torch.dtype
 ) -> tuple[Float[Tensor, "B T"], Bool[Tensor, "B T"]]:
-    """Times (0 where masked) and mask as [B, T], if frames are [B, T, C, H, W] in [0, 1] and observed times increase.
+    """Times since each video's last one (0 where masked) and mask, [B, T], if all is as ``encode`` wants it.
 
     Raises:
         ValueError: what was expected and what was given.
@@ -273,6 +273,5 @@ def check_video(
         raise ValueError(
             f"Observed times must be finite and increase strictly; video {video} has {t[video][mask[video]].tolist()}."
         )
-    return torch.where(mask, t, 0).to(
-        dtype
-    ), mask  # whatever stands where nothing was observed, it is finite from here on
+    # Since the last observation, in the precision of t: as float32, seconds since 1970 would lose their minutes.
+    return torch.where(mask, t - latest[:, -1:], 0).to(dtype), mask

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from predoc_lib.naming import unknown
 
-# torchdiffeq's other adaptive solvers do not keep their tolerance at times between their steps (tests/unit/test_ode.py).
+# torchdiffeq's other adaptive solvers do not keep their tolerance at times between their steps.
 ADAPTIVE = ("dopri5", "adaptive_heun")
 FIXED_STEP = ("euler", "midpoint", "heun3", "rk4")
 
@@ -110,7 +110,7 @@ class NeuralODE(nn.Module):
         pieces = [t[:1]]
         for start, end in itertools.pairwise(t):
             # The small allowance keeps rounding of times such as 0.1 + 0.2 from adding a step.
-            n = 1 if self.step_size is None else max(1, math.ceil(abs(float(end - start)) / self.step_size - 1e-4))
+            n = 1 if self.step_size is None else max(1, math.ceil(abs((end - start).item()) / self.step_size - 1e-4))
             inner = torch.arange(1, n, device=t.device, dtype=t.dtype) / n
             pieces += [start + (end - start) * inner, end[None]]  # the end itself: rounding must not miss it
         return torch.cat(pieces)

@@ -13,13 +13,15 @@ from typing import Any
 
 import torch
 
+from predoc_lib import __version__
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"
 KEYS = (
     "experiment", "metrics", "config", "seed", "revision", "versions",
     "device", "wall_time_s", "evaluations", "data", "date", "history",
 )  # fmt: skip
-PACKAGES = ("predoc-lib", "torch", "torchdiffeq", "numpy")
+PACKAGES = ("torch", "torchdiffeq", "numpy")
 
 
 class ResultError(ValueError):
@@ -55,7 +57,8 @@ def record(
         "config": dataclasses.asdict(config),
         "seed": config.seed,
         "revision": _revision(),
-        "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in PACKAGES},
+        "versions": {"python": platform.python_version(), "predoc-lib": __version__}
+        | {p: importlib.metadata.version(p) for p in PACKAGES},
         "device": device_name(device),
         "wall_time_s": round(wall_time_s, 1),
         "evaluations": evaluations,

@@ -5,7 +5,7 @@ import jaxtyping
 import pytest
 import torch
 
-# No deadline: the machine may be busy. Derandomized: the same examples every time, and no folder of them is kept.
+# No deadline: the machine may be busy. Derandomized: the same examples every time.
 hypothesis.settings.register_profile("book", deadline=None, derandomize=True, max_examples=50)
 hypothesis.settings.load_profile("book")
 

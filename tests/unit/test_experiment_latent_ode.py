@@ -276,6 +276,14 @@ def test_the_position_error_is_how_far_off_a_digit_is():
     assert found == pytest.approx((true - drawn).norm(dim=-1).mean().item(), abs=1e-2)
 
 
+def test_every_recorded_model_still_fits_the_code():
+    for path in sorted((results.RESULTS / "latent_ode").glob("*/weights.safetensors")):
+        model, config = load(path.parent)
+        frames = moving_digits(1, n_digits=config.n_digits, canvas=config.canvas).frames(observed_times(config))
+        predicted = model.predict(frames, observed_times(config), torch.tensor([-1.0, 15.0]))
+        assert torch.isfinite(predicted).all(), path
+
+
 # ---------------------------------------------------------------- what goes wrong
 
 

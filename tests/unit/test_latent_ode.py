@@ -52,15 +52,17 @@ def close(a, b, tol=1e-9):
 
 
 @variants
-def test_the_loss_is_what_torch_distributions_and_the_closed_form_say(variant):
-    model = build(variant, kl_weight=2.5)
+@pytest.mark.parametrize("n_context", [None, 3])
+def test_the_loss_is_what_torch_distributions_and_the_closed_form_say(variant, n_context):
+    """z_0 is the latent at the last time of the context, and all frames are scored."""
+    model, n = build(variant, kl_weight=2.5), n_context or T
     frames = video(model).round()  # of zeros and ones: torch's Bernoulli scores nothing else
     torch.manual_seed(1)
-    found = model.negative_elbo(frames, TIMES)
+    found = model.negative_elbo(frames, TIMES, n_context)
 
     torch.manual_seed(1)
-    q = model.encode(frames, TIMES)
-    mean = model.decode(model.trajectory(q.rsample(), TIMES - TIMES[-1]))
+    q = model.encode(frames[:, :n], TIMES[:n])
+    mean = model.decode(model.trajectory(q.rsample(), TIMES - TIMES[n - 1]))
     p = Bernoulli(mean) if model.likelihood == "bernoulli" else Normal(mean, 0.1)
     nats = sum(-p.log_prob(frames)[b].sum() for b in range(3)) / 3
     variance = q.stddev**2
@@ -174,15 +176,15 @@ def padded(frames, t, where, padding_time):
     [("oooooxx", 0.0), ("oooooxx", math.nan), ("xooooo", 40.25), ("oxoooxo", -7.5), ("oxoooxo", math.nan)],
 )
 def test_frames_that_were_not_observed_change_nothing(variant, where, padding_time):
-    model = build(variant)
+    model, t = build(variant), TIMES + 10
     frames = video(model, 2)
-    q, predicted = model.encode(frames, TIMES), model.predict(frames, TIMES, QUERY)
+    q, predicted = model.encode(frames, t), model.predict(frames, t, QUERY)
     torch.manual_seed(1)
-    elbo = model.negative_elbo(frames, TIMES)
+    elbo = model.negative_elbo(frames, t)
     evaluations = model.stats["evaluations"]
     gradient = torch.autograd.grad(elbo["loss"], list(model.parameters()))
 
-    more, t, mask = padded(frames, TIMES, where, padding_time)
+    more, t, mask = padded(frames, t, where, padding_time)
     found = model.encode(more, t, mask)
     close(found.mean, q.mean)
     close(found.stddev, q.stddev)
@@ -396,19 +398,32 @@ def test_the_position_that_is_found_is_the_position_that_is_drawn():
     assert (found - videos.position(torch.tensor([2.0]))[:, 0, 0]).norm(dim=-1).mean() < 1.5
 
 
-@pytest.mark.parametrize("p", [(0.0, 0.0), (0.25, -0.3), (-0.4, 0.1)])
-def test_a_patch_is_drawn_with_its_centre_at_its_position(p):
+def grey_patches(*positions):
+    """A frame with patches of brightness 0.5, half the frame's size, drawn at these positions."""
     painter = ObjectPainter((16, 24), 1, 4, 1, 16)
     with torch.no_grad():
         for layer in (painter.draw[-1], painter.draw_linear):
             layer.weight.zero_(), layer.bias.zero_()
-        state = torch.tensor([[[[*p, 0.0, 0.0]]]])
-        frame = painter(state, torch.zeros(1, 1, 1, 1))[0, 0, 0]
+        state = torch.tensor([[[[*p, 0.0, 0.0] for p in positions]]])
+        return painter(state, torch.zeros(1, 1, len(positions), 1))[0, 0, 0]
+
+
+@pytest.mark.parametrize("p", [(0.0, 0.0), (0.25, -0.3), (-0.4, 0.1)])
+def test_a_patch_is_drawn_with_its_centre_at_its_position(p):
+    frame = grey_patches(p)
     y, x = ((frame.sum(1 - axis) * torch.arange(n)).sum() / frame.sum() for axis, n in enumerate(frame.shape))
-    assert frame.sum().item() == pytest.approx(0.5 * 8 * 12, rel=1e-5)  # a grey patch, half the frame's size
+    assert frame.sum().item() == pytest.approx(0.5 * 8 * 12, rel=1e-5)
     # -1 and 1 are the outer edges of the outermost pixels, whose centres are 0 and size - 1.
     assert y.item() == pytest.approx((p[0] + 1) * 8 - 0.5, abs=1e-4)
     assert x.item() == pytest.approx((p[1] + 1) * 12 - 0.5, abs=1e-4)
+
+
+def test_where_patches_overlap_what_both_leave_dark_stays_dark():
+    frame = grey_patches((0.0, 0.0), (0.5, 0.5))  # the second is 4 pixels lower and 6 further right
+    expected = torch.zeros(16, 24)
+    expected[4:12, 6:18], expected[8:16, 12:24] = 0.5, 0.5
+    expected[8:12, 12:18] = 1 - 0.5 * 0.5
+    torch.testing.assert_close(frame, expected)
 
 
 # ---------------------------------------------------------------- bad input

@@ -101,7 +101,6 @@ def test_every_record_in_the_repository_is_whole():
     for folder in folders:
         rec = results.load(folder)
         assert rec["experiment"] == folder.parent.name
-        assert (folder / "weights.safetensors").exists(), folder
         json.dumps(rec, allow_nan=False)
 
 
