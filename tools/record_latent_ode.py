@@ -19,7 +19,6 @@ from predoc_lib.experiments.config import build
 RESULTS = results.RESULTS / "latent_ode"
 MNIST = {"dataset": "mnist", "canvas": 64, "width": 192, "content": 48}
 RECONSTRUCTION, FREE = {"objective": "reconstruction"}, {"field": "free"}
-PLAIN = {"layout": "plain", "field": "free"}  # the report's
 KEEP = ("digits32-1-stride1-ode-seed0", "digits32-2-stride2-ode-seed0", "mnist64-2-stride2-ode-seed0")
 
 
@@ -36,8 +35,6 @@ def plan() -> dict[str, dict]:
 
     variants = {
         "digits32-1-stride1-ode-reconstruction": RECONSTRUCTION,
-        "digits32-1-stride1-ode-plain": PLAIN,
-        "digits32-1-stride1-ode-plain-reconstruction": PLAIN | RECONSTRUCTION,
         "digits32-1-stride1-ode-free": FREE,
         "digits32-1-stride1-ode-elbo": {"kl_weight": 1.0},
     }
