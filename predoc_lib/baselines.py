@@ -31,8 +31,8 @@ def cross_fade(
 class LatentGRU(LatentODE):
     """``LatentODE`` with recurrent networks that step from observation to observation in place of the ODE.
 
-    Encoder and decoder are the same. From the last observation one GRU steps forwards and another one backwards, as the
-    two decoders of Srivastava et al. (2015) do; between two steps the states are linear in time.
+    Encoder and decoder are the same. From t_0 one GRU steps forwards and another one backwards, as the two decoders of
+    Srivastava et al. (2015) do; between two steps the states are linear in time.
 
     Args:
         frame: (H, W), pixels.
@@ -51,7 +51,7 @@ class LatentGRU(LatentODE):
         )
 
     def solve(self, s0: Float[Tensor, "B K S"], tau: Float[Tensor, "B T"]) -> Float[Tensor, "B T K S"]:
-        """States at times tau after (before, if negative) the last observation."""
+        """States at times tau after (before, if negative) t_0."""
         position = tau / self.step
         after = self.walk(self.forwards, s0, max(1, int(position.max().ceil())))
         before = self.walk(self.backwards, s0, max(1, int((-position).max().ceil())))

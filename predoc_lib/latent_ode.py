@@ -5,7 +5,7 @@
     x(t) ~ p(x | z(t))            the decoder, each frame for itself                eq. 4.3
 
 t_0 is the time of the *last* observation: an ODE runs in both directions, so the future is as near as it can be. (The
-report starts at the first one.)
+report starts at the first one: ``t0="first"``.)
 """
 
 import torch
@@ -19,6 +19,7 @@ from predoc_lib.video_nets import FrameEncoder, FramePainter, ObjectEncoder, Obj
 
 LIKELIHOODS = ("bernoulli", "gaussian")
 LAYOUTS = ("objects", "plain")
+STARTS = ("last", "first")
 GAUSSIAN_SCALE = 0.1  # standard deviation of a pixel's brightness under the Gaussian likelihood
 SMALLEST = 1e-4  # probabilities stay this far from 0 and 1, so that one wrong pixel costs a finite number of nats
 
@@ -72,6 +73,8 @@ class LatentODE(nn.Module):
             decoder draws the content at a position that it reads off the state. "plain": one unstructured state, a
             convolutional encoder and decoder of whole frames, as in the report.
         field: "rotation": a ``RotationField``; "free": a ``FreeField``, as in the report.
+        t0: where the latent's own time t_0 lies: at the "last" observation, or at the "first", as in the report; the
+            encoder then reads the context backwards, so that its memory ends there.
         state: numbers an object's state has (layout "plain": the whole latent has); even.
         content: numbers an object's content has (layout "objects").
         width: of the hidden layers.
@@ -91,6 +94,7 @@ class LatentODE(nn.Module):
         objects: int = 1,
         layout: str = "objects",
         field: str = "rotation",
+        t0: str = "last",
         state: int = 24,
         content: int = 32,
         width: int = 128,
@@ -104,7 +108,8 @@ class LatentODE(nn.Module):
     ) -> None:
         super().__init__()
         for what, value, valid in (
-            ("layout", layout, LAYOUTS), ("field", field, tuple(FIELDS)), ("likelihood", likelihood, LIKELIHOODS)
+            ("layout", layout, LAYOUTS), ("field", field, tuple(FIELDS)), ("t0", t0, STARTS),
+            ("likelihood", likelihood, LIKELIHOODS),
         ):  # fmt: skip
             if value not in valid:
                 raise ValueError(unknown(what, value, valid))
@@ -113,6 +118,7 @@ class LatentODE(nn.Module):
         if min(frame) < 8 or frame[0] % 2 or frame[1] % 2:
             raise ValueError(f"Frames must have even sides of at least 8 pixels, got {frame}.")
         self.frame, self.channels, self.likelihood, self.kl_weight = tuple(frame), channels, likelihood, kl_weight
+        self.t0 = t0
         if layout == "objects":
             self.encoder = ObjectEncoder(self.frame, channels, objects, state, content, width)
             self.decoder = ObjectPainter(self.frame, channels, state, content, width)
@@ -128,7 +134,7 @@ class LatentODE(nn.Module):
         self.stats = {"evaluations": 0}
 
     def encode(self, frames: Tensor, t: Tensor, mask: Tensor | None = None) -> Normal:
-        """q(z_0 | C), z_0 the latent at each video's last observed time (eq. 4.1's posterior).
+        """q(z_0 | C), z_0 the latent at each video's t_0 (eq. 4.1's posterior).
 
         Args:
             frames: [B, T, C, H, W] in [0, 1].
@@ -142,6 +148,9 @@ class LatentODE(nn.Module):
             ValueError: a wrong shape or range, times that do not increase, no observed frame.
         """
         t, mask = self._check(frames, t, mask)
+        if self.t0 == "first":
+            first = torch.where(mask, t, torch.inf).amin(1, keepdim=True)
+            frames, t, mask = frames.flip(1), torch.where(mask, first - t, 0).flip(1), mask.flip(1)
         mean, log_variance = self.encoder(frames, t, mask)
         return Normal(mean.flatten(1), (log_variance / 2).exp().flatten(1))
 
@@ -156,7 +165,7 @@ class LatentODE(nn.Module):
         return z.unflatten(-1, (objects, state + content)).split([state, content], -1)
 
     def solve(self, s0: Float[Tensor, "B K S"], tau: Float[Tensor, "B T"]) -> Float[Tensor, "B T K S"]:
-        """States at times tau after (before, if negative) the last observation (eq. 4.2).
+        """States at times tau after (before, if negative) t_0 (eq. 4.2).
 
         One solve serves all videos: it stops at every time that any of them asks for.
         """
@@ -170,7 +179,7 @@ class LatentODE(nn.Module):
         return states[index, torch.arange(len(s0), device=index.device)[:, None]]
 
     def trajectory(self, z0: Float[Tensor, "B D"], tau: Tensor) -> Float[Tensor, "B T D"]:
-        """Latents at times tau, [T] or [B, T], after (before, if negative) the last observation."""
+        """Latents at times tau, [T] or [B, T], after (before, if negative) t_0."""
         s0, content = self.split(z0)
         states = self.solve(s0, tau.expand(len(z0), tau.shape[-1]))
         return torch.cat([states, content[:, None].expand(-1, states.shape[1], -1, -1)], -1).flatten(2)
@@ -186,7 +195,7 @@ class LatentODE(nn.Module):
             )
         if not torch.isfinite(t_query).all():
             raise ValueError(f"t_query must be finite, got {t_query.tolist()}.")
-        return self._frames_at(self.encode(frames, t, mask).mean, self._since_last(t, mask, t_query, len(frames)))
+        return self._frames_at(self.encode(frames, t, mask).mean, self._since_t0(t, mask, t_query, len(frames)))
 
     def negative_elbo(
         self, frames: Tensor, t: Tensor, n_context: int | None = None, mask: Tensor | None = None
@@ -207,7 +216,7 @@ class LatentODE(nn.Module):
         if not 1 <= n <= frames.shape[1]:
             raise ValueError(f"n_context must lie between 1 and the {frames.shape[1]} frames given, got {n_context}.")
         q = self.encode(frames[:, :n], times[:, :n], observed[:, :n])
-        tau = self._since_last(times[:, :n], observed[:, :n], times, len(frames))
+        tau = self._since_t0(times[:, :n], observed[:, :n], times, len(frames))
         mean = self._frames_at(q.rsample(), torch.where(observed, tau, 0))
         if self.likelihood == "bernoulli":
             nats = nn.functional.binary_cross_entropy(mean, frames, reduction="none")
@@ -229,11 +238,14 @@ class LatentODE(nn.Module):
     def _paint(self, state: Tensor, content: Tensor) -> Tensor:
         return SMALLEST + (1 - 2 * SMALLEST) * self.decoder(state, content)
 
-    @staticmethod
-    def _since_last(t: Tensor, mask: Tensor | None, t_query: Tensor, batch: int) -> Tensor:
+    def _since_t0(self, t: Tensor, mask: Tensor | None, t_query: Tensor, batch: int) -> Tensor:
         t = t.expand(batch, t.shape[-1])
-        last = t[:, -1] if mask is None else torch.where(mask, t, -torch.inf).amax(1)
-        return t_query.expand(batch, t_query.shape[-1]) - last[:, None]
+        observed = torch.ones_like(t, dtype=torch.bool) if mask is None else mask
+        if self.t0 == "first":
+            t0 = torch.where(observed, t, torch.inf).amin(1, keepdim=True)
+        else:
+            t0 = torch.where(observed, t, -torch.inf).amax(1, keepdim=True)
+        return t_query.expand(batch, t_query.shape[-1]) - t0
 
 
 def check_video(

@@ -1,9 +1,9 @@
 """Encoders and decoders of the latent ODE: for scenes of moving objects, and plain ones for whole frames.
 
 An encoder maps a context (frames [B, T, C, H, W], times [B, T] and a mask [B, T] of the entries that count) to the
-mean and log-variance of the latent at each video's last time, [B, K, state + content] each: the ODE starts where the
-memory of the frames ends. A decoder maps states [B, T, K, state] and contents
-[B, 1 or T, K, content] to frames [B, T, C, H, W] in (0, 1).
+mean and log-variance of the latent at the last of these times, [B, K, state + content] each: the ODE starts where the
+memory of the frames ends. A decoder maps states [B, T, K, state] and contents [B, 1 or T, K, content] to frames
+[B, T, C, H, W] in (0, 1).
 """
 
 import itertools

@@ -18,7 +18,7 @@ from predoc_lib.experiments.config import build
 
 RESULTS = results.RESULTS / "latent_ode"
 MNIST = {"dataset": "mnist", "canvas": 64, "width": 192, "content": 48}
-RECONSTRUCTION, FREE = {"objective": "reconstruction"}, {"field": "free"}
+RECONSTRUCTION, FIRST, FREE = {"objective": "reconstruction"}, {"t0": "first"}, {"field": "free"}
 KEEP = ("digits32-1-stride1-ode-seed0", "digits32-2-stride2-ode-seed0", "mnist64-2-stride2-ode-seed0")
 
 
@@ -35,6 +35,8 @@ def plan() -> dict[str, dict]:
 
     variants = {
         "digits32-1-stride1-ode-reconstruction": RECONSTRUCTION,
+        "digits32-1-stride1-ode-first": FIRST,
+        "digits32-1-stride1-ode-first-reconstruction": FIRST | RECONSTRUCTION,
         "digits32-1-stride1-ode-free": FREE,
         "digits32-1-stride1-ode-elbo": {"kl_weight": 1.0},
     }

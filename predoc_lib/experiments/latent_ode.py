@@ -13,7 +13,7 @@ from predoc_lib import metrics, results, training
 from predoc_lib.baselines import LatentGRU, copy_last, cross_fade, mean_image
 from predoc_lib.data import MovingDigits, catalog, moving_digits
 from predoc_lib.experiments.config import DEVICES, ConfigError, check, choose_device, main, option
-from predoc_lib.latent_ode import FIELDS, LAYOUTS, LIKELIHOODS, LatentODE
+from predoc_lib.latent_ode import FIELDS, LAYOUTS, LIKELIHOODS, STARTS, LatentODE
 from predoc_lib.ode import ADAPTIVE, FIXED_STEP
 from predoc_lib.render import crop
 
@@ -31,6 +31,7 @@ class Config:
     dynamics: str = option("ode", "what moves the latent: Neural ODE, or the GRU baseline", choices=("ode", "gru"))
     layout: str = option("objects", "latent with an object's position and content, or unstructured", choices=LAYOUTS)
     field: str = option("rotation", "what the Neural ODE's field may be", choices=tuple(FIELDS))
+    t0: str = option("last", "frame seen at which the ODE starts (the report: first)", choices=STARTS)
     objective: str = option(
         "prediction", "frames scored in training: all 20, or the 10 seen (the report)",
         choices=("prediction", "reconstruction"),
@@ -56,9 +57,8 @@ class Config:
         "smoke": {"steps": 40, "batch_size": 16, "n_test": 32},
         "book": {},
         "thesis": {
-            "dataset": "mnist", "canvas": 64, "objective": "reconstruction", "n_videos": 10_000, "batch_size": 128,
-            "steps": 2000 * 79,
-            "kl_weight": 1.0,
+            "dataset": "mnist", "canvas": 64, "objective": "reconstruction", "t0": "first", "n_videos": 10_000,
+            "batch_size": 128, "steps": 2000 * 79, "kl_weight": 1.0,
         },
     }  # fmt: skip
 
@@ -75,6 +75,7 @@ def build_model(config: Config) -> LatentODE:
         "objects": config.n_digits,
         "layout": config.layout,
         "field": config.field,
+        "t0": config.t0,
         # The unstructured latent has as many numbers as the objects' states and contents together.
         "state": config.n_digits * (config.state + config.content) if plain else config.state,
         "content": config.content,

@@ -22,6 +22,7 @@ VARIANTS = {
     "plain": {"layout": "plain", "field": "free"},
     "gaussian": {"likelihood": "gaussian", "field": "free"},
     "colour": {"channels": 3, "objects": 2},
+    "from the first": {"objects": 2, "t0": "first"},
     "plain colour": {"channels": 3, "layout": "plain", "likelihood": "gaussian"},
 }
 variants = pytest.mark.parametrize("variant", VARIANTS)
@@ -44,6 +45,11 @@ def video(model, batch=3, length=T):
     return torch.rand(batch, length, model.channels, H, W, dtype=torch.float64)
 
 
+def start(model, n=T):
+    """t_0 of the first n of TIMES."""
+    return TIMES[0 if model.t0 == "first" else n - 1]
+
+
 def close(a, b, tol=1e-9):
     torch.testing.assert_close(a, b, atol=tol, rtol=0)
 
@@ -62,7 +68,7 @@ def test_the_loss_is_what_torch_distributions_and_the_closed_form_say(variant, n
 
     torch.manual_seed(1)
     q = model.encode(frames[:, :n], TIMES[:n])
-    mean = model.decode(model.trajectory(q.rsample(), TIMES - TIMES[n - 1]))
+    mean = model.decode(model.trajectory(q.rsample(), TIMES - start(model, n)))
     p = Bernoulli(mean) if model.likelihood == "bernoulli" else Normal(mean, 0.1)
     nats = sum(-p.log_prob(frames)[b].sum() for b in range(3)) / 3
     variance = q.stddev**2
@@ -108,7 +114,8 @@ def test_the_posterior_has_the_mean_and_the_variance_of_the_encoder(variant):
     model = build(variant)
     frames = video(model)
     q = model.encode(frames, TIMES)
-    mean, log_variance = model.encoder(frames, TIMES.expand(3, -1), torch.ones(3, T, dtype=torch.bool))
+    read, t = (frames.flip(1), -TIMES.flip(0)) if model.t0 == "first" else (frames, TIMES)
+    mean, log_variance = model.encoder(read, t.expand(3, -1), torch.ones(3, T, dtype=torch.bool))
     close(q.mean, mean.flatten(1))
     close(q.variance.log(), log_variance.flatten(1))
 
@@ -295,7 +302,7 @@ def test_prediction_is_the_decoded_trajectory_of_the_mean(variant):
     model = build(variant)
     frames = video(model)
     predicted = model.predict(frames, TIMES + 2, QUERY + 2)
-    close(predicted, model.decode(model.trajectory(model.encode(frames, TIMES + 2).mean, QUERY - TIMES[-1])))
+    close(predicted, model.decode(model.trajectory(model.encode(frames, TIMES + 2).mean, QUERY - start(model))))
     assert predicted.shape == (3, len(QUERY), model.channels, H, W)
     assert 0 < predicted.min() < predicted.max() < 1
 
@@ -350,6 +357,19 @@ def test_the_adjoint_gives_the_same_loss_and_gradients():
         found.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
     for direct, adjoint in zip(*found, strict=True):
         close(direct, adjoint, 1e-5)
+
+
+def test_from_the_first_frame_is_the_mirror_image_in_time_of_from_the_last():
+    mirrored, model = small(objects=2, t0="first"), small(objects=2)
+    model.load_state_dict(mirrored.state_dict())
+    frames, t = video(model), torch.tensor([0.0, 0.5, 2.0, 2.25, 7.0], dtype=torch.float64)
+    mask = torch.tensor([[True] * 5, [False] + [True] * 4, [True] * 3 + [False] * 2])
+    q, r = mirrored.encode(frames, t, mask), model.encode(frames.flip(1), -t.flip(0), mask.flip(1))
+    close(q.mean, r.mean)
+    close(q.stddev, r.stddev)
+    first = torch.tensor([0.0, 0.5, 0.0], dtype=torch.float64)[:, None]
+    later = mirrored.predict(frames, t, QUERY, mask)
+    close(later, mirrored.decode(mirrored.trajectory(q.mean, QUERY - first)))
 
 
 def test_evaluations_are_those_of_the_last_solve_in_both_directions():
@@ -523,6 +543,7 @@ def test_times_of_another_precision_than_the_frames_serve_too(dtype, shift):
     ("options", "message"),
     [
         ({"layout": "object"}, r"Unknown layout 'object'\. Did you mean 'objects'\? Valid: objects, plain\."),
+        ({"t0": "frist"}, r"Unknown t0 'frist'\. Did you mean 'first'\?"),
         ({"field": "rotate"}, r"Unknown field 'rotate'\. Did you mean 'rotation'\?"),
         ({"likelihood": "gauss"}, r"Unknown likelihood 'gauss'\. Did you mean 'gaussian'\?"),
         ({"method": "rk5"}, r"Unknown ODE method 'rk5'\. Did you mean 'rk4'\?"),
