@@ -17,8 +17,9 @@ from predoc_lib.experiments import latent_ode
 from predoc_lib.experiments.config import build
 
 RESULTS = results.RESULTS / "latent_ode"
-MNIST = {"dataset": "mnist", "canvas": 64, "width": 192, "content": 48}
+MNIST = {"dataset": "mnist", "canvas": 64, "width": 192, "content": 48, "steps": 8000}
 RECONSTRUCTION, FIRST, FREE = {"objective": "reconstruction"}, {"t0": "first"}, {"field": "free"}
+PLAIN = {"layout": "plain", "learning_rate": 1e-3}  # at 3e-3 it stays at the mean image
 KEEP = ("digits32-1-stride1-ode-seed0", "digits32-2-stride2-ode-seed0", "mnist64-2-stride2-ode-seed0")
 
 
@@ -38,6 +39,9 @@ def plan() -> dict[str, dict]:
         "digits32-1-stride1-ode-first": FIRST,
         "digits32-1-stride1-ode-first-reconstruction": FIRST | RECONSTRUCTION,
         "digits32-1-stride1-ode-free": FREE,
+        "digits32-1-stride1-ode-plain": PLAIN,
+        "digits32-1-stride1-ode-report": PLAIN | FREE | FIRST | {"kl_weight": 1.0},
+        "digits32-1-stride1-ode-report-reconstruction": PLAIN | FREE | FIRST | RECONSTRUCTION | {"kl_weight": 1.0},
         "digits32-1-stride1-ode-elbo": {"kl_weight": 1.0},
     }
     first, mnist = {"seed": 0}, MNIST | {"seed": 0}
