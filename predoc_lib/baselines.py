@@ -50,6 +50,11 @@ class LatentGRU(LatentODE):
             for _ in range(2)
         )
 
+    @property
+    def networks(self) -> list[nn.Module]:
+        """The parts that may run in lower precision."""
+        return [*self.encoder.networks, *self.decoder.networks]
+
     def solve(self, s0: Float[Tensor, "B K S"], tau: Float[Tensor, "B T"]) -> Float[Tensor, "B T K S"]:
         """States at times tau after (before, if negative) t_0."""
         position = tau / self.step

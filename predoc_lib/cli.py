@@ -4,15 +4,10 @@ import ast
 import contextlib
 import datetime
 import importlib
-import io
 import json
 import os
 import re
-import shutil
-import signal
-import sys
 import textwrap
-import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,11 +15,13 @@ from typing import Any
 import click
 
 import predoc_lib
+from predoc_lib import notebooks, results, runs
+from predoc_lib.checkpoint import CheckpointError
 from predoc_lib.data import catalog
 from predoc_lib.experiments.config import PRESETS, ConfigError, build, choose
 
 TRAINING = Path(predoc_lib.__file__).parents[1] / "book" / "training"
-SET_BY_COMMAND = ("folder",)  # notebook parameters that ``predoc train`` fills in itself
+SET_BY_COMMAND = ("folder", "num_processes")  # notebook parameters that ``predoc train`` fills in itself
 
 
 class BadInput(click.ClickException):
@@ -55,7 +52,7 @@ def _one_sentence() -> Iterator[None]:
         raise
     except click.UsageError as error:
         raise BadInput(error.format_message()) from error
-    except (ConfigError, catalog.DataError) as error:
+    except (ConfigError, catalog.DataError, runs.RunError, results.ResultError, CheckpointError) as error:
         raise BadInput(str(error)) from error
 
 
@@ -69,7 +66,7 @@ def main() -> None:
 def list_notebooks() -> None:
     """Show every training notebook with its parameters, their values in each preset, and what they mean."""
     for name in _experiments():
-        notebook = _notebook(name)
+        notebook = notebooks.read(TRAINING / f"{name}.md")
         title = re.search(r"^# (.+)$", notebook.cells[0].source, re.MULTILINE)
         click.echo(f"{name}: {title[1]}\n" if title else f"{name}\n")
         config_class = _module(name).Config
@@ -89,24 +86,85 @@ def list_notebooks() -> None:
 @main.command()
 @click.argument("name")
 @click.option("-p", "--parameter", "given", multiple=True, metavar="KEY=VALUE", help="May be given many times.")
+@click.option("--device", help="The same as -p device=...")
+@click.option("--num-processes", default=1, show_default=True, type=click.IntRange(1), help="That share the training.")
+@click.option("--resume", metavar="RUN", help="Go on with a stopped run: its folder, or its name under FOLDER/NAME.")
+@click.option("--record", metavar="RESULT", help="Copy what the run found to results/NAME/RESULT.")
 @click.option("--folder", type=click.Path(path_type=Path), default="runs", help="Where runs are kept.  [runs]")
-def train(name: str, given: tuple[str, ...], folder: Path) -> None:
+def train(
+    name: str,
+    given: tuple[str, ...],
+    device: str | None,
+    num_processes: int,
+    resume: str | None,
+    record: str | None,
+    folder: Path,
+) -> None:
     """Run a training notebook with your own parameters, into FOLDER/NAME/TIME/ (see `predoc list`)."""
     choose(name, _experiments(), "experiment")
-    notebook = _notebook(name)
+    notebook = notebooks.read(TRAINING / f"{name}.md")
     known = [parameter for parameter in _parameters(notebook) if parameter not in SET_BY_COMMAND]
-    parameters = {"preset": None} | _parse(given, known)
+    parameters = {"preset": None} | _parse((*given, *([f"device={device}"] if device else [])), known)
+    run = None if resume is None else _stopped(name, resume, folder, parameters)
     parameters["preset"] = parameters["preset"] or os.environ.get("PREDOC_PRESET") or "book"
     config_class = _module(name).Config
     overrides = {key: value for key, value in parameters.items() if key in config_class.__dataclass_fields__}
     config = build(config_class, parameters["preset"], **overrides)
-    catalog.require(config.dataset)
+    config.require_data()
+    if record is not None:
+        results.free_name(name, record)
     # Only now, with nothing left to refuse, does anything appear on the disk.
-    run = _new_folder(folder / name)
+    run = run or _new_folder(folder / name)
     click.echo(f"{name}: {' '.join(f'{key}={value}' for key, value in parameters.items())} -> {run}", err=True)
-    _execute(notebook, run / f"{name}.ipynb", parameters | {"folder": str(run)})
+    if "num_processes" in _parameters(notebook):
+        parameters["num_processes"] = num_processes
+    notebooks.execute(notebook, run / f"{name}.ipynb", parameters | {"folder": str(run)})
     metrics = json.loads((run / "metrics.json").read_text())
     click.echo(f"finished in {metrics['wall_time_s']:.0f} s; in {run}: {', '.join(sorted(os.listdir(run)))}")
+    if record is not None:
+        click.echo(f"recorded in {results.promote(run, record)}")
+
+
+@main.command("runs")
+@click.option("--folder", type=click.Path(path_type=Path), default="runs", help="Where runs are kept.  [runs]")
+def list_runs(folder: Path) -> None:
+    """Show every run with its state (running, finished, killed, failed), its step and its figures."""
+    found = runs.listing(folder)
+    if not found:
+        click.echo(f"No runs in {folder}.")
+        return
+    rows = []
+    for run in found:
+        figures = "  ".join(
+            f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
+            for key, value in run["row"].items()
+            if key not in ("step", "seconds")
+        )
+        steps = f"{run['step']}/{run['steps'] or '?'}"
+        rows.append([run["experiment"], run["name"], run["state"], steps, figures])
+    _table(rows, ["experiment", "run", "state", "step", "figures"])
+    for run in found:
+        if run["state"] in ("killed", "failed"):
+            click.echo(f"\nGo on: predoc train {run['experiment']} --resume {run['folder']}")
+
+
+@main.command("results")
+@click.argument("experiment", required=False)
+@click.argument("names", nargs=-1)
+def show_results(experiment: str | None, names: tuple[str, ...]) -> None:
+    """Show the recorded results, or compare those of an experiment, all or the named ones, figure by figure."""
+    recorded = {path.name: results.recorded(path.name) for path in sorted(results.RESULTS.glob("*")) if path.is_dir()}
+    if experiment is None:
+        rows = [
+            [name, result, f"{r['wall_time_s'] / 60:.1f}", r["seed"], r["device"]]
+            for name, found in recorded.items()
+            for result, r in found.items()
+        ]
+        _table(rows, ["experiment", "result", "minutes", "seed", "device"])
+        return
+    found = recorded[choose(experiment, recorded, "experiment")]
+    chosen = [choose(name, found, "result") for name in names] or list(found)
+    click.echo(results.compare({name: found[name] for name in chosen}))
 
 
 @main.command()
@@ -136,12 +194,6 @@ def _experiments() -> list[str]:
     return names
 
 
-def _notebook(name: str) -> Any:
-    import jupytext
-
-    return jupytext.read(TRAINING / f"{name}.md")
-
-
 def _module(name: str) -> Any:
     return importlib.import_module(f"predoc_lib.experiments.{name}")
 
@@ -169,6 +221,27 @@ def _parse(given: Iterable[str], known: list[str]) -> dict[str, Any]:
     return parameters
 
 
+def _stopped(name: str, resume: str, folder: Path, parameters: dict[str, Any]) -> Path:
+    """The folder of a run that can go on, whose parameters are added to those that are given."""
+    run = next((path for path in (Path(resume), folder / name / resume) if (path / "run.json").exists()), None)
+    if run is None:
+        raise BadInput(f"No run {resume!r}, neither as a folder nor in {folder / name}; `predoc runs` lists them.")
+    experiment, config = runs.config_of(run)
+    if experiment != name:
+        raise BadInput(f"{run} is a run of {experiment}, not of {name}.")
+    state = runs.state(run)
+    if state == "finished":
+        click.echo(f"{run} is finished: there is nothing to do.")
+        raise click.exceptions.Exit(0)
+    if state == "running":
+        raise BadInput(f"{run} is running: wait for it, or stop it first.")
+    for key, value in parameters.items():
+        if key not in ("preset", "device") and value != config.get(key):
+            raise BadInput(f"{run} was started with {key}={config.get(key)}, and {key}={value} is given: leave it out.")
+    parameters.update({key: value for key, value in config.items() if key not in parameters})
+    return run
+
+
 def _new_folder(parent: Path) -> Path:
     """Create ``parent/TIME``; a second run in the same second gets a number after it."""
     stamp = datetime.datetime.now().strftime("%Y-%m-%d-%H-%M-%S")
@@ -182,99 +255,6 @@ def _new_folder(parent: Path) -> Path:
         except OSError as error:
             raise BadInput(f"Cannot create {folder}: {error.strerror}; choose another place with --folder.") from error
     raise BadInput(f"Too many runs of the same second in {parent}.")
-
-
-def _execute(notebook: Any, path: Path, parameters: dict[str, Any]) -> None:
-    """Run a notebook and save it; what its cells print on stderr (the training's bar) is passed on as it comes."""
-    import jupyter_client
-    import nbclient.exceptions
-    import nbformat
-    import papermill
-
-    partial = path.with_suffix(".partial.ipynb")  # papermill saves after every cell, and not atomically
-    if sys.stderr.isatty():  # the kernel's bar cannot see how wide this terminal is
-        os.environ["TQDM_NCOLS"] = str(shutil.get_terminal_size().columns - 1)
-    kernel = jupyter_client.AsyncKernelManager(kernel_name="python3")
-    with _interrupts(kernel) as interrupted:
-        try:
-            executed = papermill.execute_notebook(
-                notebook,
-                partial,
-                parameters,
-                progress_bar=False,
-                stderr_file=Relay(sys.stderr),
-                coalesce_streams=True,  # the saved notebook shows the bar once, as it was at the end
-                extra_arguments=["--log-level=ERROR"],  # without the kernel's remarks on its own transport
-                km=kernel,
-            )
-            source = f"book/training/{path.stem}.md"  # papermill, given a notebook and not a path, keeps all of it here
-            executed.metadata.papermill.update(input_path=source, output_path=path.name)
-            nbformat.write(executed, partial)
-            os.replace(partial, path)
-        except papermill.PapermillExecutionError as error:
-            if not interrupted:
-                where = f"cell {error.cell_index} ({error.source.splitlines()[0]})"
-                click.echo(f"Failed in {where}: {error.ename}: {error.evalue} (notebook so far: {partial})", err=True)
-                click.echo("\n".join(error.traceback), err=True)
-                sys.exit(1)
-        except nbclient.exceptions.DeadKernelError:
-            click.echo(f"The notebook's process died; out of memory? The notebook so far: {partial}", err=True)
-            sys.exit(1)
-        except KeyboardInterrupt:
-            interrupted.append(signal.SIGINT)
-    if interrupted:
-        click.echo(f"\nStopped. What was saved is in {path.parent}.", err=True)
-        sys.exit(130)
-
-
-@contextlib.contextmanager
-def _interrupts(kernel: Any) -> Iterator[list[int]]:
-    """Hand the first Ctrl-C to the kernel, so that the run saves; a second one leaves at once. The kernel ends here."""
-    import nbclient.util
-
-    interrupted = []
-
-    def hand_over(number: int, frame: Any) -> None:
-        if interrupted or not kernel.has_kernel:
-            raise KeyboardInterrupt
-        interrupted.append(number)
-        click.echo("\nStopping: the run saves what it has (Ctrl-C again leaves at once).", err=True)
-        os.kill(kernel.provisioner.pid, number)
-
-    before = signal.signal(signal.SIGINT, hand_over)
-    try:
-        yield interrupted
-    finally:
-        signal.signal(signal.SIGINT, before)
-        if kernel.has_kernel:
-            nbclient.util.run_sync(kernel.shutdown_kernel)(now=True)
-
-
-class Relay:
-    """Passes a progress bar on: to a terminal as it is, to a file or pipe as a plain line now and then."""
-
-    def __init__(self, stream: io.TextIOBase, every: float = 30.0) -> None:
-        """Args: stream: where to; every: least number of seconds between two states of one bar, off a terminal."""
-        self.stream, self.every = stream, every
-        self.line, self.due = "", 0.0
-
-    def write(self, text: str) -> None:
-        """Take what the kernel wrote, in pieces of any size."""
-        if self.stream.isatty():
-            self.stream.write(text)
-            return
-        for piece in re.findall(r"[^\r\n]+|[\r\n]", text):
-            if piece not in "\r\n":
-                self.line += piece
-                continue
-            if self.line.strip() and (piece == "\n" or time.monotonic() >= self.due):
-                self.stream.write(re.sub(r"%\|[^|]*\|", "%", self.line).rstrip() + "\n")
-                self.due = time.monotonic() + self.every
-            self.line = ""
-
-    def flush(self) -> None:
-        """Show at once what was written."""
-        self.stream.flush()
 
 
 def _table(rows: list[list], headers: list[str]) -> None:

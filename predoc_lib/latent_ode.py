@@ -129,9 +129,15 @@ class LatentODE(nn.Module):
             self.encoder = FrameEncoder(self.frame, channels, state, width)
             self.decoder = FramePainter(self.frame, channels, state, width)
         self.sizes = (objects, state, content)
+        self.latent_size = objects * (state + content)
         f = FIELDS[field](state, width // 2)
         self.ode = NeuralODE(f, method=method, rtol=rtol, atol=atol, step_size=step_size, adjoint=adjoint)
         self.stats = {"evaluations": 0}
+
+    @property
+    def networks(self) -> list[nn.Module]:
+        """The parts that may run in lower precision: positions, states and likelihoods are computed outside of them."""
+        return [self.ode.f, *self.encoder.networks, *self.decoder.networks]
 
     def encode(self, frames: Tensor, t: Tensor, mask: Tensor | None = None) -> Normal:
         """q(z_0 | C), z_0 the latent at each video's t_0 (eq. 4.1's posterior).
@@ -142,7 +148,7 @@ class LatentODE(nn.Module):
             mask: [B, T], True where a frame was observed; None: all were.
 
         Returns:
-            A Normal over [B, D], D = objects * (state + content).
+            A Normal over [B, D], D = ``latent_size`` = objects * (state + content).
 
         Raises:
             ValueError: a wrong shape or range, times that do not increase, no observed frame.
@@ -198,7 +204,12 @@ class LatentODE(nn.Module):
         return self._frames_at(self.encode(frames, t, mask).mean, self._since_t0(t, mask, t_query, len(frames)))
 
     def negative_elbo(
-        self, frames: Tensor, t: Tensor, n_context: int | None = None, mask: Tensor | None = None
+        self,
+        frames: Tensor,
+        t: Tensor,
+        n_context: int | None = None,
+        mask: Tensor | None = None,
+        noise: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Eq. 4.4, the negative evidence lower bound, in nats a video, averaged over the batch.
 
@@ -207,6 +218,7 @@ class LatentODE(nn.Module):
             t: [T] or [B, T], increasing.
             n_context: the encoder sees the first n_context frames only; None: all (the report's reconstruction).
             mask: [B, T], True where a frame was observed; None: all were.
+            noise: [B, D] standard normal, of which z_0 is made; None: drawn here.
 
         Returns:
             "loss" = "reconstruction" + kl_weight * "kl", each a scalar.
@@ -217,7 +229,8 @@ class LatentODE(nn.Module):
             raise ValueError(f"n_context must lie between 1 and the {frames.shape[1]} frames given, got {n_context}.")
         q = self.encode(frames[:, :n], times[:, :n], observed[:, :n])
         tau = self._since_t0(times[:, :n], observed[:, :n], times, len(frames))
-        mean = self._frames_at(q.rsample(), torch.where(observed, tau, 0))
+        z0 = q.rsample() if noise is None else q.mean + q.stddev * noise
+        mean = self._frames_at(z0, torch.where(observed, tau, 0))
         if self.likelihood == "bernoulli":
             nats = nn.functional.binary_cross_entropy(mean, frames, reduction="none")
         else:

@@ -3,25 +3,31 @@
 import dataclasses
 import datetime
 import importlib.metadata
+import itertools
 import json
+import math
 import os
 import platform
+import re
+import shutil
 import statistics
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 
 from predoc_lib import __version__
+from predoc_lib.files import whole
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"
-KEYS = (
-    "experiment", "metrics", "config", "seed", "revision", "versions",
-    "device", "wall_time_s", "evaluations", "data", "date", "history",
-)  # fmt: skip
 PACKAGES = ("torch", "torchdiffeq", "numpy")
+
+
+MAX_WEIGHTS = 3_000_000  # bytes of a file that is committed
 
 
 class ResultError(ValueError):
@@ -71,10 +77,8 @@ def record(
 def save(folder: Path, rec: dict[str, Any]) -> None:
     """Write ``metrics.json`` into a folder; the file appears whole or not at all."""
     _check(rec, folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".metrics.json.{os.getpid()}"
-    temporary.write_text(json.dumps(rec, indent=1) + "\n")
-    temporary.replace(folder / "metrics.json")
+    with whole(Path(folder) / "metrics.json") as temporary:
+        temporary.write_text(json.dumps(rec, indent=1) + "\n")
 
 
 def load(folder: Path) -> dict[str, Any]:
@@ -90,6 +94,67 @@ def load(folder: Path) -> dict[str, Any]:
         raise ResultError(f"{path} cannot be read as a recorded run: {error}.") from error
     _check(rec, path)
     return rec
+
+
+def promote(run: Path, name: str) -> Path:
+    """Copy a finished run's record, and its weights in half precision, to ``results/<experiment>/<name>/``.
+
+    Raises:
+        ResultError: the run is not finished, the name cannot be used or is taken, or the weights are larger than 3 MB.
+    """
+    rec = load(run)
+    target = free_name(rec["experiment"], name)
+    weights = {
+        key: value.half() if value.is_floating_point() else value
+        for key, value in safetensors.torch.load_file(Path(run) / "weights.safetensors").items()
+    }
+    size = sum(value.nbytes for value in weights.values())
+    if size > MAX_WEIGHTS:
+        raise ResultError(
+            f"The weights of {run} have {size / 1e6:.1f} MB in half precision, and what is recorded may have "
+            f"{MAX_WEIGHTS / 1e6:.0f}: record a smaller model, or copy metrics.json alone."
+        )
+    temporary = target.with_name(f".{name}.{os.getpid()}")
+    try:
+        save(temporary, rec)
+        safetensors.torch.save_file(weights, temporary / "weights.safetensors")
+        temporary.replace(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return target
+
+
+def free_name(experiment: str, name: str) -> Path:
+    """Where a result of this name would lie.
+
+    Raises:
+        ResultError: the name cannot be a folder's, or is taken.
+    """
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        raise ResultError(f"A result's name may have letters, digits, '.', '-' and '_', got {name!r}.")
+    target = RESULTS / experiment / name
+    if target.exists():
+        raise ResultError(f"There is a result {name!r} of {experiment} already: choose another name.")
+    return target
+
+
+def figures(rec: dict[str, Any]) -> dict[str, float]:
+    """The metrics of a record by dotted name, such as "prediction.ode.psnr"."""
+
+    def flat(tree: Any, name: str) -> dict[str, float]:
+        if not isinstance(tree, dict):
+            return {name: tree}
+        return {k: v for key, value in tree.items() for k, v in flat(value, f"{name}.{key}".lstrip(".")).items()}
+
+    return flat(rec["metrics"], "")
+
+
+def compare(records: dict[str, dict[str, Any]]) -> str:
+    """A table in Markdown: a row for every figure that one of the records has, a column for each record."""
+    columns = {name: figures(rec) for name, rec in records.items()}
+    rows = dict.fromkeys(figure for column in columns.values() for figure in column)
+    cells = [[row, *(f"{column[row]:.4g}" if row in column else "–" for column in columns.values())] for row in rows]
+    return table(["figure", *columns], cells)
 
 
 def recorded(experiment: str) -> dict[str, dict[str, Any]]:
@@ -131,10 +196,54 @@ def spread(values: list[float], digits: int = 1) -> str:
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
+def _is_metrics(tree: Any) -> bool:
+    if isinstance(tree, dict):
+        return all(isinstance(key, str) and _is_metrics(value) for key, value in tree.items())
+    return isinstance(tree, int | float) and math.isfinite(tree)
+
+
+def _is_history(rows: Any) -> bool:
+    if not isinstance(rows, list) or not all(
+        isinstance(row, dict) and _is_metrics(row) and "step" in row for row in rows
+    ):
+        return False
+    steps = [row["step"] for row in rows]
+    return all(a < b for a, b in itertools.pairwise(steps))
+
+
+def _is_data(value: Any) -> bool:
+    known = isinstance(value, dict) and _is_text(value.get("name"))
+    return known and re.fullmatch("[0-9a-f]{64}", str(value.get("sha256"))) is not None
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value)
+
+
+SCHEMA: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "experiment": (_is_text, "a name"),
+    "metrics": (lambda v: isinstance(v, dict) and _is_metrics(v), "finite numbers, in dictionaries by name"),
+    "config": (lambda v: isinstance(v, dict) and all(map(_is_text, v)), "a dictionary of parameters"),
+    "seed": (lambda v: isinstance(v, int), "a whole number"),
+    "revision": (_is_text, "a git revision"),
+    "versions": (lambda v: isinstance(v, dict) and all(map(_is_text, v.values())), "a version by package"),
+    "device": (_is_text, "a device's name"),
+    "wall_time_s": (lambda v: isinstance(v, int | float) and 0 <= v < math.inf, "seconds"),
+    "evaluations": (lambda v: isinstance(v, int) and v >= 0, "a count"),
+    "data": (_is_data, "a name and a sha256 of 64 hexadecimal digits"),
+    "date": (lambda v: isinstance(v, str) and bool(re.fullmatch(r"\d{4}-\d\d-\d\d", v)), "a date, YYYY-MM-DD"),
+    "history": (_is_history, "rows of finite numbers with a step that increases"),
+}  # fmt: skip
+KEYS = tuple(SCHEMA)
+
+
 def _check(rec: Any, where: Path) -> None:
     missing = [key for key in KEYS if not isinstance(rec, dict) or key not in rec]
     if missing:
         raise ResultError(f"{where}: a record needs {', '.join(KEYS)}; it lacks {', '.join(missing)}.")
+    for key, (is_valid, wanted) in SCHEMA.items():
+        if not is_valid(rec[key]):
+            raise ResultError(f"{where}: {key!r} must be {wanted}, got {str(rec[key])[:80]}.")
 
 
 def _revision() -> str:

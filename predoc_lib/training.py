@@ -1,147 +1,391 @@
-"""The training loop that every experiment uses."""
+"""The training loop of every experiment: one process or many, killed and resumed, with the same result."""
 
 import contextlib
+import dataclasses
+import functools
 import math
 import os
+import signal
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import accelerate
+import accelerate.utils
 import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader
 from tqdm import tqdm
+
+from predoc_lib import checkpoint
+from predoc_lib.batches import Rows, Share, count_steps
+from predoc_lib.naming import unknown
+
+PRECISIONS = ("float32", "bfloat16")
 
 
 class TrainingError(RuntimeError):
     """Training cannot go on: the message says at which step, why, and what was kept."""
 
 
-class WeightsError(ValueError):
-    """Weights that cannot be used: the message names the file and what does not fit."""
+Loss = Callable[[nn.Module, Any, Rows], "Tensor | dict[str, Any]"]
+Evaluate = Callable[[nn.Module, slice], "dict[str, Tensor | float]"]
+
+
+@dataclasses.dataclass
+class Fitted:
+    """What ``fit`` returns.
+
+    Attributes:
+        history: one row an evaluation, {"step", "loss", ...figures, "seconds"}.
+        seconds: of training alone, without evaluations and checkpoints, over all sessions of the run.
+        is_main: this process is the one that writes (process 0).
+    """
+
+    history: list[dict[str, Any]]
+    seconds: float
+    is_main: bool
 
 
 def fit(
     model: nn.Module,
-    loss: Callable[[int], Tensor],
+    data: Any,
+    loss: Loss,
+    optimizer: Optimizer,
     *,
-    steps: int,
-    learning_rate: float,
-    evaluate: Callable[[], dict[str, Any]] | None = None,
+    steps: int | None = None,
+    epochs: float | None = None,
+    batch_size: int,
+    schedule: LRScheduler | None = None,
+    clip: float = 0.0,
+    ema: float = 0.0,
+    precision: str = "float32",
+    compile: bool = False,
+    networks: list[nn.Module] | None = None,
+    accumulate: int = 1,
+    workers: int = 0,
+    evaluate: Evaluate | None = None,
     evaluate_every: int = 500,
     show: str = "",
     folder: Path | None = None,
+    identity: dict[str, Any] | None = None,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
     progress: bool | None = None,
-) -> tuple[list[dict[str, Any]], float]:
-    """Minimize loss(step) over the model's parameters with Adam, a short warm-up and a cosine decay to zero.
+    tensorboard: bool = False,
+) -> Fitted:
+    """Minimize a loss over a model's parameters; go on from the last checkpoint if the folder holds one.
+
+    Under ``torchrun`` or ``accelerate launch`` every process takes its share of each batch.
 
     Args:
-        model: trained in place.
-        loss: the loss of one step, a scalar tensor.
-        steps: number of steps.
-        learning_rate: the highest.
-        evaluate: called every ``evaluate_every`` steps and at the end, the model in evaluation mode, without gradients.
-        evaluate_every: steps between evaluations, and between checkpoints.
-        show: the figure of ``evaluate`` that the bar shows beside the loss.
-        folder: where ``weights.safetensors`` is kept up to date; None: nowhere.
-        progress: show a bar; None: if stderr is a terminal or a notebook.
-
-    Returns:
-        The history, one row an evaluation ({"step", "seconds", "loss", ...evaluate()}), and the seconds of training
-        alone, without evaluations.
+        model: trained in place; at the end it holds the averaged weights if ``ema`` is not 0.
+        data: a map-style data set. Each epoch is a new permutation. One without a length is endless: row r of step s
+            is sample (s - 1) * batch_size + r, never seen again. A method ``__getitems__`` may fetch a list of samples
+            at once, a method ``collate`` may make the batch.
+        loss: loss(model, batch, rows), the mean over these rows: a scalar, or {"loss": scalar, name: figure to follow}.
+        optimizer: over the model's parameters.
+        steps: optimizer steps; or else
+        epochs: passes through the data.
+        batch_size: samples of a step, over all processes and accumulated parts.
+        schedule: of the learning rate, stepped after every step; see ``warm_up_cosine``.
+        clip: longest gradient; a longer one is scaled down. 0: none is.
+        ema: decay of an exponential moving average of the weights, which is then evaluated and kept; 0: none.
+        precision: "bfloat16" runs ``networks`` in it (autocast); all else stays as it is.
+        compile: compile ``networks`` with torch.compile.
+        networks: the modules that may run in lower precision or compiled; None: the whole model.
+        accumulate: parts into which every process divides its share of a batch, to save memory.
+        workers: processes that load data.
+        evaluate: evaluate(model, mine), the model in evaluation mode, without gradients: {name: one value a sample} of
+            the validation samples ``[mine]``, a slice that is another one in every process; the means are recorded.
+        evaluate_every: steps between evaluations, each followed by a checkpoint.
+        show: the figure that the progress bar shows beside the loss.
+        folder: of the run, for ``checkpoints/`` and ``weights.safetensors``; None: nothing is written.
+        identity: what the run is made of; a checkpoint of another identity is refused.
+        seed: of the order of the data and of the rows' noise.
+        device: "cpu" or "cuda"; the number of a GPU is chosen by Accelerate.
+        progress: show a bar; None: if stderr is a terminal.
+        tensorboard: log the history to ``folder/tensorboard``.
 
     Raises:
-        TrainingError: the loss or its gradient is not finite; the weights of the last evaluation before it are kept.
-        KeyboardInterrupt: after Ctrl-C, when the weights are saved.
+        ValueError: an option that is not valid; it says which.
+        TrainingError: the loss or its gradient is not finite, the data cannot be loaded, another process is gone, or
+            the disk does not take the checkpoint; the last checkpoint stays.
+        CheckpointError: the folder's checkpoints are of another run, or all damaged.
+        KeyboardInterrupt, SystemExit: after SIGINT or SIGTERM, when a checkpoint is saved.
     """
-    optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate)
-    warm_up = min(100, max(1, steps // 10))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda i: min((i + 1) / warm_up, 0.5 + 0.5 * math.cos(math.pi * i / steps))
+    device, folder = torch.device(device), None if folder is None else Path(folder)
+    many = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    accelerator = accelerate.Accelerator(
+        cpu=many and device.type == "cpu",
+        log_with="tensorboard" if tensorboard and folder else None,
+        project_dir=folder,
     )
-    history, seconds, recent = [], 0.0, []
-    bar = tqdm(range(1, steps + 1), desc="training", unit="step", disable=None if progress is None else not progress)
-    started = time.perf_counter()
-    try:
-        for step in bar:
-            value = loss(step)
-            _must_be_finite("loss", value, step, history, folder)
+    device = accelerator.device if many else device
+    if tensorboard and folder:
+        accelerator.init_trackers("tensorboard")
+    steps = count_steps(data, steps, epochs, batch_size)
+    share = Share(batch_size, accumulate, accelerator.num_processes, accelerator.process_index, seed)
+    if precision not in PRECISIONS:
+        raise ValueError(unknown("precision", precision, PRECISIONS))
+    saved = _Saved(folder, identity or {})
+    found = saved.load()
+    if share.rank:
+        torch.manual_seed(seed + share.rank)  # else dropout, say, would drop the same units in every process
+
+    model.to(device)
+    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema), use_buffers=True) if ema else None
+    result = averaged.module if averaged else model
+    objective = _Objective(model, loss)
+    if many:
+        objective = accelerator.prepare(objective)
+    networks = [model] if networks is None else networks
+    if compile:
+        for network in networks:
+            network.compile()
+    kept = {"model": model, "optimizer": optimizer, "schedule": schedule, "average": averaged}
+    kept = {name: thing for name, thing in kept.items() if thing is not None}
+    run = {"step": 0, "history": [], "seconds": 0.0, "sums": {}}
+    if found is not None:
+        run = {name: found[name] for name in run}
+        for name, thing in kept.items():
+            thing.load_state_dict(found[name])
+        if share.rank < len(found["random"]):  # else there are more processes than before
+            checkpoint.set_random_state(found["random"][share.rank])
+
+    def save() -> None:
+        randoms = accelerate.utils.gather_object([checkpoint.random_state()])
+        if accelerator.is_main_process:
+            states = {name: thing.state_dict() for name, thing in kept.items()}
+            saved.save(run | states | {"steps": steps, "random": randoms}, result)
+
+    bar = tqdm(
+        total=steps, initial=run["step"], desc="training", unit="step",
+        disable=(None if progress is None else not progress) if accelerator.is_main_process else True,
+    )  # fmt: skip
+    with bar, _stop_requests() as requests, _lower_precision(networks, precision, device.type):
+        model.train()
+        batches = _batches(share.load(data, range(run["step"] + 1, steps + 1), workers), run, saved)
+        _show(bar, run["history"], show)
+        started = time.perf_counter()
+        while run["step"] < steps:
+            step, figures = run["step"] + 1, []
             optimizer.zero_grad(set_to_none=True)
-            value.backward()
-            norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm=50.0)
-            _must_be_finite("gradient", norm, step, history, folder)
+            for part in range(accumulate):
+                batch = accelerate.utils.send_to_device(next(batches), device)
+                last = part + 1 == accumulate
+                with contextlib.nullcontext() if last else accelerator.no_sync(objective):
+                    figures.append(objective(batch, share.rows(step, part, device)))
+                    (figures[-1]["loss"] / accumulate).backward()
+            norm = nn.utils.clip_grad_norm_(model.parameters(), clip or math.inf)
+            values, stop = _agree(accelerator, figures, norm, requests, saved)
+            for name in ("loss", "gradient"):
+                if not math.isfinite(values[name]):
+                    raise TrainingError(
+                        f"The {name} is {values[name]} at step {step}: training stopped. {saved.kept()} "
+                        "Try a smaller learning_rate, or look for bad values in the data."
+                    )
             optimizer.step()
-            schedule.step()
-            recent.append(value.detach())
-            if step % evaluate_every == 0 or step == steps:
-                row = {"step": step, "loss": torch.stack(recent).mean().item()}
-                seconds += time.perf_counter() - started
-                row["seconds"], recent = round(seconds, 3), []
-                if evaluate is not None:
-                    model.eval()
-                    with torch.no_grad():
-                        row |= evaluate()
-                    model.train()
-                history.append(row)
-                bar.set_postfix({k: f"{row[k]:.4g}" for k in ("loss", show) if k in row})
-                if folder is not None:
-                    save_weights(model, folder / "weights.safetensors")
-                started = time.perf_counter()
-    except KeyboardInterrupt:
-        if folder is not None:
-            save_weights(model, folder / "weights.safetensors")
-            print(f"Interrupted at step {step}: the weights are in {folder / 'weights.safetensors'}.", file=sys.stderr)
-        raise
-    return history, seconds
+            if schedule is not None:
+                schedule.step()
+            if averaged:
+                averaged.update_parameters(model)
+            run["step"] = step
+            for name, value in values.items():
+                total, n = run["sums"].get(name, (0.0, 0))
+                run["sums"][name] = (total + value, n + 1)
+            bar.update()
+            due = step % evaluate_every == 0 or step == steps
+            if not due and not stop:
+                continue
+            run["seconds"] += time.perf_counter() - started
+            if due:
+                row = {"step": step} | {name: total / n for name, (total, n) in run["sums"].items()}
+                row["seconds"], run["sums"] = round(run["seconds"], 3), {}
+                row |= _evaluated(accelerator, result, evaluate)
+                model.train()
+                run["history"].append(row)
+                _show(bar, run["history"], show)
+                accelerator.log({k: v for k, v in row.items() if k != "step"}, step=step)
+            save()
+            if stop:
+                saved.leave(signal.Signals(stop), step, accelerator.is_main_process)
+            started = time.perf_counter()
+    for tracker in accelerator.trackers:
+        tracker.finish()
+    if averaged:
+        model.load_state_dict(averaged.module.state_dict())
+    return Fitted(run["history"], run["seconds"], accelerator.is_main_process)
 
 
-def _must_be_finite(what: str, value: Tensor, step: int, history: list[dict[str, Any]], folder: Path | None) -> None:
-    if torch.isfinite(value):
+def warm_up_cosine(optimizer: Optimizer, steps: int) -> LambdaLR:
+    """The learning rate rises over a tenth of the steps (100 at most), then falls along a cosine to zero."""
+    warm_up = min(100, max(1, steps // 10))
+    return LambdaLR(optimizer, lambda i: min((i + 1) / warm_up, 0.5 + 0.5 * math.cos(math.pi * i / steps)))
+
+
+class _Objective(nn.Module):
+    """The loss as a module's forward, which is where data-parallel training hooks in."""
+
+    def __init__(self, model: nn.Module, loss: Loss) -> None:
+        super().__init__()
+        self.model, self.loss = model, loss
+
+    def forward(self, batch: Any, rows: Rows) -> dict[str, Any]:
+        found = self.loss(self.model, batch, rows)
+        return found if isinstance(found, dict) else {"loss": found}
+
+
+class _Saved:
+    """The checkpoints and the weights of a run; without a folder nothing is kept."""
+
+    def __init__(self, folder: Path | None, identity: dict[str, Any]) -> None:
+        self.folder, self.identity = folder, identity
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    def load(self) -> dict[str, Any] | None:
+        """The newest checkpoint, if it is of this run."""
+        if self.folder is None:
+            return None
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise TrainingError(f"Nothing can be kept in {self.folder}: {error.strerror or error}.") from error
+        found = checkpoint.newest(self.checkpoints)
+        if found is not None:
+            checkpoint.must_be_same(self.identity, found["identity"], self.checkpoints)
+        return found
+
+    def save(self, state: dict[str, Any], model: nn.Module) -> None:
+        """Write a checkpoint and the weights."""
+        if self.folder is None:
+            return
+        try:
+            checkpoint.save(self.checkpoints, state["step"], state | {"identity": self.identity})
+            checkpoint.save_weights(model, self.folder / "weights.safetensors")
+        except (OSError, safetensors.SafetensorError) as error:
+            raise TrainingError(
+                f"The checkpoint of step {state['step']} cannot be saved in {self.folder}: "
+                f"{getattr(error, 'strerror', None) or error}. {self.kept()} Make room, and start the run again."
+            ) from error
+
+    def kept(self) -> str:
+        """A sentence that says what there is."""
+        found = [] if self.folder is None else checkpoint.paths(self.checkpoints)
+        if not found:
+            return "No checkpoint was saved yet."
+        return f"The checkpoint {found[-1]} is kept."
+
+    def leave(self, stop: signal.Signals, step: int, say: bool) -> None:
+        """Say what was saved after SIGINT or SIGTERM, and leave."""
+        if say:
+            kept = "nothing is kept" if self.folder is None else f"start the run in {self.folder} again to go on"
+            print(f"Stopped by {stop.name} after step {step}: {kept}.", file=sys.stderr)
+        if stop == signal.SIGTERM:
+            sys.exit(128 + stop)
+        raise KeyboardInterrupt
+
+
+def _batches(loader: DataLoader, run: dict[str, Any], saved: _Saved) -> Iterator[Any]:
+    try:
+        yield from loader
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [""]
+        raise TrainingError(
+            f"The data of step {run['step'] + 1} cannot be loaded: {type(error).__name__}: {lines[-1]}. {saved.kept()}"
+        ) from error
+
+
+def _agree(
+    accelerator: accelerate.Accelerator, figures: list[dict[str, Any]], norm: Tensor, requests: list[int], saved: _Saved
+) -> tuple[dict[str, float], int]:
+    """Means of the figures over parts and processes, and the signal that one of the processes got, or 0."""
+    values = {name: sum(torch.as_tensor(f[name]).detach() for f in figures) / len(figures) for name in figures[0]}
+    values |= {"gradient": norm, "signal": torch.tensor(max(requests, default=0))}
+    table = torch.stack([torch.as_tensor(v).to(norm.device, torch.float64) for v in values.values()])[None]
+    if accelerator.num_processes > 1:
+        try:
+            table = accelerator.gather(table)
+        except RuntimeError as error:  # gloo and NCCL say it in ways of their own
+            raise TrainingError(
+                f"Another process of this run is gone, so this one stops too. {saved.kept()} "
+                f"({str(error).splitlines()[0]})"
+            ) from error
+    stop = int(table[:, -1].max())
+    return dict(zip(list(values)[:-1], table[:, :-1].mean(0).tolist(), strict=True)), stop
+
+
+def _evaluated(accelerator: accelerate.Accelerator, model: nn.Module, evaluate: Evaluate | None) -> dict[str, float]:
+    """Means over the samples of all processes."""
+    if evaluate is None:
+        return {}
+    model.eval()
+    with torch.no_grad():
+        found = evaluate(model, slice(accelerator.process_index, None, accelerator.num_processes))
+    if not found:
+        return {}
+    values = [torch.as_tensor(value, dtype=torch.float64, device=accelerator.device) for value in found.values()]
+    sums = accelerator.reduce(torch.stack([torch.stack([v.sum(), torch.tensor(v.numel()).to(v)]) for v in values]))
+    return dict(zip(found, (sums[:, 0] / sums[:, 1]).tolist(), strict=True))
+
+
+@contextlib.contextmanager
+def _stop_requests() -> Iterator[list[int]]:
+    """A list that the first SIGINT or SIGTERM is put into, for the loop to see; a second one acts at once."""
+    requests: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield requests
         return
-    kept = f"the weights of step {history[-1]['step']} are kept" if history else "no weights were saved yet"
-    where = f" in {folder}" if folder and history else ""
-    raise TrainingError(
-        f"The {what} is {value.item()} at step {step}: training stopped; {kept}{where}. "
-        "Try a smaller learning_rate, or look for bad values in the data."
-    )
 
+    def ask(number: int, frame: Any) -> None:
+        requests.append(number)
+        restore()
 
-def save_weights(model: nn.Module, path: Path, dtype: torch.dtype | None = None) -> None:
-    """Write a model's weights as safetensors, in ``dtype`` if given; the file appears whole or not at all."""
-    weights = {k: v.detach().to(dtype or v.dtype).contiguous() for k, v in model.state_dict().items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        safetensors.torch.save_file(weights, temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        yield requests
     finally:
-        with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()
+        restore()
 
 
-def load_weights(model: nn.Module, path: Path) -> nn.Module:
-    """Fill a model with the weights of a safetensors file (any floating type) and return it.
+@contextlib.contextmanager
+def _lower_precision(networks: list[nn.Module], precision: str, device: str) -> Iterator[None]:
+    """Run the networks in bfloat16 inside the block; what they return is float32 again."""
+    if precision == "float32":
+        yield
+        return
 
-    Raises:
-        WeightsError: the file is absent, damaged or of another model; it names the first weight that does not fit and
-            both shapes.
-    """
+    def lowered(forward: Callable) -> Callable:
+        @functools.wraps(forward)
+        def call(*args: Any, **options: Any) -> Any:
+            with torch.autocast(device, torch.bfloat16):
+                return accelerate.utils.convert_to_fp32(forward(*args, **options))
+
+        return call
+
+    for network in networks:
+        network.forward = lowered(network.forward)
     try:
-        weights = safetensors.torch.load_file(path)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise WeightsError(f"{path} cannot be read as safetensors weights: {error}.") from error
-    own = model.state_dict()
-    for name in sorted(own.keys() | weights.keys()):
-        expected, found = (list(w[name].shape) if name in w else "nothing" for w in (own, weights))
-        if expected != found:
-            raise WeightsError(
-                f"{path} does not fit the model: it has {found} for {name!r}, the model {expected}. "
-                "Build the model with the config in the metrics.json beside the weights."
-            )
-    model.load_state_dict({name: w.to(own[name].dtype) for name, w in weights.items()})
-    return model
+        yield
+    finally:
+        for network in networks:
+            del network.forward
+
+
+def _show(bar: tqdm, history: list[dict[str, Any]], show: str) -> None:
+    for row in history[-1:]:
+        bar.set_postfix({name: f"{row[name]:.4g}" for name in ("loss", show) if name in row})

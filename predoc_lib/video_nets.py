@@ -66,6 +66,7 @@ class ObjectEncoder(nn.Module):
         self.memory = nn.GRUCell(width + 5, width // 2)
         self.to_state, self.to_weight = nn.Linear(width // 2, 2 * state), nn.Linear(width // 2, 1)
         self.to_content, self.to_content_linear = mlp(pixels, width, width, 2 * content), nn.Linear(pixels, 2 * content)
+        self.networks = (self.glimpse, self.to_content)  # a tuple: they are registered already
 
     def forward(self, frames: Tensor, t: Tensor, mask: Bool[Tensor, "B T"]) -> tuple[Tensor, Tensor]:
         """Mean and log-variance of z_0, [B, K, state + content] each."""
@@ -128,6 +129,7 @@ class ObjectPainter(nn.Module):
         pixels = channels * math.prod(self.geometry.patch)
         self.draw, self.draw_linear = mlp(content, width, 2 * width, pixels), nn.Linear(content, pixels)
         nn.init.constant_(self.draw_linear.bias, -2.0)  # dark at first
+        self.networks = (self.draw,)
 
     def forward(self, state: Tensor, content: Tensor) -> Tensor:
         """Frames [B, T, C, H, W]: where objects overlap, light that misses all of them is what stays dark."""
@@ -158,6 +160,7 @@ class FrameEncoder(nn.Module):
         features = sizes[-1] * (frame[0] >> n) * (frame[1] >> n)
         self.net = nn.Sequential(*layers, nn.Flatten(), nn.Linear(features, width), nn.ReLU())
         self.memory, self.head = nn.GRUCell(width + 1, width), nn.Linear(width, 2 * state)
+        self.networks = (self.net,)
 
     def forward(self, frames: Tensor, t: Tensor, mask: Bool[Tensor, "B T"]) -> tuple[Tensor, Tensor]:
         """Mean and log-variance of z_0, [B, 1, state] each."""
@@ -187,6 +190,7 @@ class FramePainter(nn.Module):
             for layer in (nn.ReLU(), nn.ConvTranspose2d(a, b, 4, 2, 1))
         ]
         self.net = nn.Sequential(mlp(state, width, math.prod(small)), nn.Unflatten(-1, small), *layers, nn.Sigmoid())
+        self.networks = (self.net,)
 
     def forward(self, state: Tensor, content: Tensor) -> Tensor:
         """Frames [B, T, C, H, W]."""

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from predoc_lib import results, training
+from predoc_lib import checkpoint, results
 from predoc_lib.experiments import latent_ode
 from predoc_lib.experiments.config import build
 
@@ -60,7 +60,7 @@ def make(name: str) -> str:
         record = latent_ode.run(config, Path(folder), progress=False)
         if name in KEEP:
             model, _ = latent_ode.load(Path(folder))
-            training.save_weights(model, RESULTS / name / "weights.safetensors", torch.float16)
+            checkpoint.save_weights(model, RESULTS / name / "weights.safetensors", torch.float16)
     results.save(RESULTS / name, record)
     psnr = {span: round(record["metrics"][span][config.dynamics]["psnr"], 2) for span in latent_ode.spans(config)}
     return f"{name}: {record['wall_time_s']:.0f} s, PSNR {psnr}"

@@ -1,17 +1,16 @@
 """What every experiment's ``Config`` shares: documented fields, three presets, checks that name what is wrong."""
 
-import argparse
 import dataclasses
 import math
-import os
-import sys
-from collections.abc import Callable, Iterable
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch import nn
 
+from predoc_lib.data import catalog
 from predoc_lib.naming import unknown
+from predoc_lib.training import PRECISIONS, warm_up_cosine
 
 PRESETS = ("smoke", "book", "thesis")
 """``smoke``: seconds, for tests. ``book``: at most 15 minutes on 2 CPU cores. ``thesis``: the report's sizes."""
@@ -71,6 +70,52 @@ def check(config: Any) -> None:
             raise ConfigError(f"Parameter {f.name!r} must be at least {low}, got {value!r}.")
 
 
+@dataclasses.dataclass(frozen=True)
+class TrainingConfig:
+    """The parameters of every experiment that ``training.fit`` trains; a Config adds its own, or other defaults."""
+
+    steps: int = option(3000, "optimizer steps", low=1)
+    batch_size: int = option(32, "samples a step, over all processes", low=1)
+    learning_rate: float = option(3e-3, "the highest, of Adam with warm-up and cosine decay", low=1e-8)
+    clip: float = option(50.0, "longest gradient, a longer one is scaled down; 0: none is", low=0)
+    ema: float = option(0.0, "decay of the moving average of the weights that is measured and kept; 0: none", low=0)
+    precision: str = option("float32", "of the networks in training", choices=PRECISIONS)
+    compile: bool = option(False, "compile the networks with torch.compile")
+    accumulate: int = option(1, "parts into which each process divides its share of a batch, to save memory", low=1)
+    workers: int = option(0, "processes that make the batches ahead of time", low=0)
+    evaluate_every: int = option(0, "steps between evaluations and checkpoints; 0: a 40th of the run", low=0)
+    tensorboard: bool = option(False, "log the history for TensorBoard, in the run's folder")
+    seed: int = option(0, "of the weights, the data and the noise", low=0)
+    device: str = option("auto", "auto: a GPU if there is one", choices=DEVICES)
+
+    def __post_init__(self) -> None:
+        check(self)
+        if self.ema >= 1:
+            raise ConfigError(f"Parameter 'ema' must be less than 1, got {self.ema}.")
+
+    def require_data(self) -> None:
+        """Raise ``catalog.DataError`` if the data set is not there; an experiment that has none need not say so."""
+        if hasattr(self, "dataset"):
+            catalog.require(self.dataset)
+
+    def training(self, model: nn.Module) -> dict[str, Any]:
+        """The arguments of ``training.fit`` that these parameters are."""
+        optimizer = torch.optim.Adam(model.parameters(), lr=self.learning_rate)
+        return {
+            "optimizer": optimizer,
+            "schedule": warm_up_cosine(optimizer, self.steps),
+            "evaluate_every": self.evaluate_every or max(10, self.steps // 40),
+            "identity": dataclasses.asdict(self),
+            "device": choose_device(self.device),
+        } | {
+            name: getattr(self, name)
+            for name in (
+                "steps", "batch_size", "clip", "ema", "precision", "compile", "accumulate", "workers", "seed",
+                "tensorboard",
+            )
+        }  # fmt: skip
+
+
 def choose_device(name: str) -> torch.device:
     """The device that one of ``DEVICES`` names; "auto" is a GPU if there is one.
 
@@ -80,32 +125,3 @@ def choose_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device 'cuda' was asked for, but PyTorch finds no GPU here. Use 'auto' or 'cpu'.")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def _truth(text: str) -> bool:
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"must be true or false, got {text!r}")
-    return text.lower() == "true"
-
-
-def main(config_class: type, run: Callable[..., dict[str, Any]]) -> None:
-    """The command line of an experiment: ``--preset``, ``--folder`` and one option for every field of its Config."""
-    parser = argparse.ArgumentParser(description=run.__doc__.splitlines()[0])
-    parser.add_argument("--preset", default="book", help=" | ".join(PRESETS))
-    parser.add_argument("--folder", type=Path, help="where metrics.json and weights.safetensors are written")
-    for f in dataclasses.fields(config_class):
-        kind = type(f.default)
-        as_bool = {"type": _truth, "metavar": "true|false"}
-        parser.add_argument(
-            f"--{f.name.replace('_', '-')}", help=f.metadata["meaning"], **(as_bool if kind is bool else {"type": kind})
-        )
-    given = vars(parser.parse_args())
-    preset, folder = given.pop("preset"), given.pop("folder")
-    try:
-        config = build(config_class, preset, **given)
-        record = run(config, folder)
-    except ValueError as error:  # a parameter or data that the user can mend
-        sys.exit(f"{parser.prog}: {error}")
-    print(
-        f"{record['wall_time_s']} s of training{f'; in {folder}: {chr(44).join(os.listdir(folder))}' if folder else ''}"
-    )

@@ -8,11 +8,14 @@ import numpy as np
 import sklearn.svm
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
-from predoc_lib import metrics, results, training
+from predoc_lib import checkpoint, metrics, results, training
 from predoc_lib.baselines import LatentGRU, copy_last, cross_fade, mean_image
+from predoc_lib.batches import Rows
 from predoc_lib.data import MovingDigits, catalog, moving_digits
-from predoc_lib.experiments.config import DEVICES, ConfigError, check, choose_device, main, option
+from predoc_lib.experiments.config import ConfigError, TrainingConfig, choose_device, option
+from predoc_lib.experiments.running import experiment, main
 from predoc_lib.latent_ode import FIELDS, LAYOUTS, LIKELIHOODS, STARTS, LatentODE
 from predoc_lib.ode import ADAPTIVE, FIXED_STEP
 from predoc_lib.render import crop
@@ -21,7 +24,7 @@ CONTEXT, FRAMES = 10, 20  # the report's: the first 10 frames are the context, t
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(TrainingConfig):
     """What a run of this experiment is made of."""
 
     dataset: str = option("digits", "handwriting: embedded digits, or MNIST", choices=("digits", "mnist"))
@@ -39,7 +42,6 @@ class Config:
     n_videos: int = option(0, "training videos (the report: 10000); 0: new ones at every step", low=0)
     batch_size: int = option(32, "videos a step (the report: 128)", low=1)
     steps: int = option(3000, "optimizer steps (the report: 2000 epochs of 79 steps)", low=1)
-    learning_rate: float = option(3e-3, "the highest, of Adam with warm-up and cosine decay", low=1e-8)
     state: int = option(24, "numbers in an object's state, even", low=4)
     content: int = option(32, "numbers in an object's content", low=1)
     width: int = option(128, "of the hidden layers", low=16)
@@ -50,8 +52,6 @@ class Config:
     tolerance: float = option(1e-4, "relative and absolute, of an adaptive solver", low=1e-12)
     adjoint: bool = option(False, "gradients by the adjoint method instead of through the solver")
     n_test: int = option(256, "unseen videos that are measured at the end", low=1)
-    seed: int = option(0, "of the weights, the videos and the latent noise", low=0)
-    device: str = option("auto", "auto: a GPU if there is one", choices=DEVICES)
 
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "smoke": {"steps": 40, "batch_size": 16, "n_test": 32},
@@ -63,7 +63,7 @@ class Config:
     }  # fmt: skip
 
     def __post_init__(self) -> None:
-        check(self)
+        super().__post_init__()
         if self.state % 2:
             raise ConfigError(f"Parameter 'state' must be even, got {self.state}.")
 
@@ -97,7 +97,7 @@ def load(folder: Path) -> tuple[LatentODE, Config]:
         ResultError, WeightsError: a file is absent or damaged, or the weights are of another model.
     """
     config = Config(**results.load(folder)["config"])
-    return training.load_weights(build_model(config), Path(folder) / "weights.safetensors").eval(), config
+    return checkpoint.load_weights(build_model(config), Path(folder) / "weights.safetensors").eval(), config
 
 
 def observed_times(config: Config) -> Tensor:
@@ -105,52 +105,72 @@ def observed_times(config: Config) -> Tensor:
     return torch.arange(0.0, CONTEXT, config.stride)
 
 
-def run(config: Config, folder: Path | None = None, progress: bool | None = None) -> dict[str, Any]:
+class Videos(Dataset):
+    """Frames of training videos at the scored times: ``n_videos`` of them, or an endless supply."""
+
+    def __init__(self, config: Config, t: Tensor) -> None:
+        self.config, self.t = config, t
+        if config.n_videos:
+            self.videos = _videos(config, config.n_videos, (config.seed, 0))
+
+    def __getitems__(self, numbers: list[int]) -> Tensor:
+        if self.config.n_videos:
+            return self.videos[torch.tensor(numbers)].frames(self.t)
+        # A batch of an endless supply is drawn at once, from the number of its step; a process renders its rows of it.
+        batch = self.config.batch_size
+        step = 1 + numbers[0] // batch
+        videos = _videos(self.config, batch, (self.config.seed, step))
+        return videos[torch.tensor(numbers) % batch].frames(self.t)
+
+    @staticmethod
+    def collate(frames: Tensor) -> Tensor:
+        """It is a batch already."""
+        return frames
+
+
+class FiniteVideos(Videos):
+    """Videos that are seen again."""
+
+    def __len__(self) -> int:
+        return self.config.n_videos
+
+
+@experiment("latent_ode")
+def run(config: Config, folder: Path | None = None, progress: bool | None = None) -> dict[str, Any] | None:
     """Train, measure on ``n_test`` unseen videos, and return the record (see ``results.record``).
 
     Args:
         config: what to run.
-        folder: where metrics.json and weights.safetensors are written; None: nowhere.
+        folder: where all is kept; a run that was stopped there goes on. None: nowhere.
         progress: show a progress bar; None: if stderr is a terminal.
 
     Raises:
         DataError: the data set is absent or damaged; nothing was written.
-        TrainingError: the loss is not finite.
+        TrainingError: training cannot go on.
     """
     data = {"name": config.dataset, "sha256": catalog.checksum(config.dataset)}
-    device = choose_device(config.device)
     torch.manual_seed(config.seed)
-    model = build_model(config).to(device)
+    model = build_model(config)
     seen = observed_times(config)
     scored = torch.arange(0.0, FRAMES if config.objective == "prediction" else CONTEXT, config.stride)
-    videos = _videos(config, config.n_videos, (config.seed, 0)) if config.n_videos else None
-    evaluations = 0
 
-    def loss(step: int) -> Tensor:
-        nonlocal evaluations
-        if videos is None:
-            batch = _videos(config, config.batch_size, (config.seed, step))
-        else:
-            batch = videos[np.random.default_rng((config.seed, step)).integers(len(videos), size=config.batch_size)]
-        frames = batch.frames(scored).to(device)
-        value = model.negative_elbo(frames, scored.to(device), n_context=len(seen))["loss"]
-        evaluations = model.stats["evaluations"]
-        return value
+    def loss(model: LatentODE, frames: Tensor, rows: Rows) -> dict[str, Any]:
+        noise = rows.randn(model.latent_size)
+        parts = model.negative_elbo(frames, scored.to(frames.device), n_context=len(seen), noise=noise)
+        return parts | {"evaluations": model.stats["evaluations"]}
 
     validation = _videos(config, 64, (config.seed, 0), "validation")
-    history, seconds = training.fit(
-        model, loss, steps=config.steps, learning_rate=config.learning_rate, folder=folder, progress=progress,
-        evaluate=lambda: progress_figures(model, validation, seen), evaluate_every=max(10, config.steps // 40),
-        show="prediction_psnr",
+    done = training.fit(
+        model, (FiniteVideos if config.n_videos else Videos)(config, scored), loss, **config.training(model),
+        networks=model.networks, folder=folder, progress=progress, show="prediction_psnr",
+        evaluate=lambda model, mine: progress_figures(model, validation[mine], seen),
     )  # fmt: skip
-    measured = measure(model, config)
-    rec = results.record(
-        "latent_ode", config, measured, device=device, wall_time_s=seconds, evaluations=evaluations, data=data,
-        history=history,
+    if not done.is_main:
+        return None
+    return results.record(
+        "latent_ode", config, measure(model, config), device=choose_device(config.device), wall_time_s=done.seconds,
+        evaluations=round(done.history[-1]["evaluations"]), data=data, history=done.history,
     )  # fmt: skip
-    if folder is not None:
-        results.save(Path(folder), rec)
-    return rec
 
 
 def _videos(config: Config, n: int, seed: tuple[int, int], split: str = "train") -> MovingDigits:
@@ -171,8 +191,8 @@ def predictor(model: LatentODE, videos: MovingDigits, seen: Tensor):
     return predict
 
 
-def progress_figures(model: LatentODE, videos: MovingDigits, seen: Tensor) -> dict[str, float]:
-    """What is followed during training, on validation videos.
+def progress_figures(model: LatentODE, videos: MovingDigits, seen: Tensor) -> dict[str, Tensor]:
+    """What is followed during training, on validation videos, one value for each.
 
     ``reconstruction_psnr`` and ``prediction_psnr`` in dB; ``position_error``: distance in pixels between the centres of
     brightness of predicted and true frames (with one digit: how far off the digit is), frames 11-20.
@@ -181,9 +201,9 @@ def progress_figures(model: LatentODE, videos: MovingDigits, seen: Tensor) -> di
     true, predicted = videos.frames(later), predict(later)
     distance = (metrics.centroid(predicted - predicted.amin()) - metrics.centroid(true)).norm(dim=-1)
     return {
-        "reconstruction_psnr": metrics.psnr(predict(seen), videos.frames(seen)).mean().item(),
-        "prediction_psnr": metrics.psnr(predicted, true).mean().item(),
-        "position_error": distance.mean().item(),
+        "reconstruction_psnr": metrics.psnr(predict(seen), videos.frames(seen)).mean(1),
+        "prediction_psnr": metrics.psnr(predicted, true).mean(1),
+        "position_error": distance.mean(1),
     }
 
 

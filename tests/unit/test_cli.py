@@ -12,7 +12,7 @@ import nbformat
 import pytest
 from click.testing import CliRunner
 
-from predoc_lib import cli
+from predoc_lib import cli, notebooks, results, runs
 from predoc_lib.data import catalog
 from predoc_lib.experiments.config import PRESETS, check, option
 
@@ -47,9 +47,9 @@ if ends == "badly":
     raise ValueError("the loss is NaN")
 if ends == "dead":
     os._exit(1)
-if ends == "interrupted":
-    try:
-        os.kill(os.getppid(), signal.SIGINT)  # what Ctrl-C does to the command, whose kernel this is
+if ends in ("interrupted", "terminated"):
+    try:  # what Ctrl-C, or a cluster's scheduler, does to the command, whose kernel this is
+        os.kill(os.getppid(), signal.SIGINT if ends == "interrupted" else signal.SIGTERM)
         time.sleep(60)
     except KeyboardInterrupt:
         pathlib.Path(folder, "weights.safetensors").write_text("saved")
@@ -67,6 +67,9 @@ class ToyConfig:
     ends: str = option("well", "how the run ends")
     presets: ClassVar[dict] = {"smoke": {"steps": 5}, "book": {}, "thesis": {"steps": 999}}
     __post_init__ = check
+
+    def require_data(self):
+        catalog.require(self.dataset)
 
 
 @pytest.fixture
@@ -200,18 +203,25 @@ def test_a_kernel_that_dies_is_reported(predoc):
     assert "The notebook's process died" in result.stderr
 
 
+def test_sigterm_lets_the_run_save_too(predoc):
+    result = predoc("train", "toy", "-p", "ends=terminated")
+    assert result.exit_code == 143
+    (run,) = Path("runs/toy").iterdir()
+    assert (run / "weights.safetensors").read_text() == "saved"
+
+
 def test_ctrl_c_lets_the_run_save_and_leaves_with_a_clear_line(predoc):
     result = predoc("train", "toy", "-p", "ends=interrupted")
     assert result.exit_code == 130
     (run,) = Path("runs/toy").iterdir()
     assert (run / "weights.safetensors").read_text() == "saved"
-    assert result.stderr.endswith(f"Stopped. What was saved is in {run}.\n")
+    assert result.stderr.endswith(f"Stopped. What was saved is in {run}; `predoc train --resume` goes on with it.\n")
     assert "Traceback" not in result.stderr
 
 
 def test_off_a_terminal_a_bar_becomes_a_line_now_and_then():
     stream = io.StringIO()
-    relay = cli.Relay(stream, every=3600.0)
+    relay = notebooks.Relay(stream, every=3600.0)
     for percent in range(101):
         relay.write(f"\rtraining: {percent:3}%|███   | {percent}")
         relay.write("/100 [00:10, loss=1.5]")
@@ -225,7 +235,7 @@ def test_off_a_terminal_a_bar_becomes_a_line_now_and_then():
 def test_on_a_terminal_a_bar_is_passed_on_as_it_is(monkeypatch):
     stream = io.StringIO()
     monkeypatch.setattr(stream, "isatty", lambda: True)
-    cli.Relay(stream).write("\r 10%|█  | 1/10")
+    notebooks.Relay(stream).write("\r 10%|█  | 1/10")
     assert stream.getvalue() == "\r 10%|█  | 1/10"
 
 
@@ -246,15 +256,15 @@ def training_notebooks():
 
 @pytest.mark.parametrize("name", training_notebooks())
 def test_the_parameters_cell_of_a_notebook_agrees_with_its_config(name):
-    declared = cli._parameters(cli._notebook(name))
+    declared = cli._parameters(notebooks.read(cli.TRAINING / f"{name}.md"))
     fields = cli._module(name).Config.__dataclass_fields__
     extra = {key for key in declared if key not in fields}
-    assert extra == {"preset", "folder"}
+    assert extra == {"preset", "folder", "num_processes"}
     expected = {key: (field.type, field.metadata["meaning"]) for key, field in fields.items() if field.metadata}
     found = {key: (p["inferred_type_name"], p["help"]) for key, p in declared.items() if key not in extra}
     names = {key: (getattr(kind, "__name__", kind), meaning) for key, (kind, meaning) in expected.items()}
     assert found == names
-    assert all(parameter["default"] == "None" for parameter in declared.values())
+    assert all(p["default"] == "None" for key, p in declared.items() if key != "num_processes")
 
 
 @pytest.mark.slow
@@ -273,3 +283,111 @@ def test_every_preset_of_every_notebook_builds():
     for name in training_notebooks():
         for preset in PRESETS:
             cli.build(cli._module(name).Config, preset)
+
+
+# ---------------------------------------------------------------- runs that were stopped, and what is recorded
+
+
+def stopped(name="first", **changes):
+    """A run of the toy that was killed."""
+    folder = Path("runs/toy") / name
+    with runs.claim(folder, "toy", ToyConfig(**changes)):
+        pass
+    return folder
+
+
+def test_resume_takes_every_parameter_from_the_run_and_works_in_its_folder(predoc):
+    folder = stopped(steps=7, rate=0.25)
+    for given in ("first", str(folder)):
+        result = predoc("train", "toy", "--resume", given)
+        assert result.exit_code == 0, result.output
+        assert "steps=7 rate=0.25" in result.stderr
+        assert (folder / "toy.ipynb").exists()
+        (folder / "metrics.json").unlink()
+    assert [path.name for path in Path("runs/toy").iterdir()] == ["first"]
+
+
+def test_resume_may_go_on_elsewhere_and_repeat_what_the_run_has_but_not_change_it(predoc):
+    stopped(steps=7)
+    assert predoc("train", "toy", "--resume", "first", "-p", "steps=7").exit_code == 0
+    result = predoc("train", "toy", "--resume", "first", "-p", "steps=8")
+    assert result.exit_code == 2
+    assert "was started with steps=7, and steps=8 is given" in result.stderr
+
+
+def test_what_cannot_be_resumed_is_refused_in_one_sentence(predoc):
+    folder = stopped()
+    result = predoc("train", "toy", "--resume", "frist")
+    assert result.exit_code == 2
+    assert result.stderr.startswith("Error: No run 'frist', neither as a folder nor in runs/toy")
+    with runs.claim(folder, "toy", ToyConfig()):
+        result = predoc("train", "toy", "--resume", "first")
+    assert result.exit_code == 2
+    assert "is running: wait for it" in result.stderr
+    with runs.claim(Path("runs/toy/other"), "another", ToyConfig()):
+        pass
+    result = predoc("train", "toy", "--resume", "other")
+    assert result.exit_code == 2
+    assert "is a run of another, not of toy" in result.stderr
+
+
+def test_a_finished_run_has_nothing_to_resume(predoc, monkeypatch):
+    stopped()
+    monkeypatch.setattr(runs, "state", lambda folder: "finished")
+    result = predoc("train", "toy", "--resume", "first")
+    assert result.exit_code == 0
+    assert "is finished: there is nothing to do" in result.output
+
+
+def test_the_name_of_a_result_is_checked_before_training(predoc, tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "RESULTS", tmp_path / "results")
+    (tmp_path / "results" / "toy" / "taken").mkdir(parents=True)
+    for name, message in (("taken", "There is a result 'taken' of toy already"), ("../x", "may have letters, digits")):
+        result = predoc("train", "toy", "--record", name)
+        assert result.exit_code == 2
+        assert message in result.stderr
+    assert not Path("runs").exists()
+
+
+def test_a_run_is_recorded_when_it_has_ended(predoc, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        results, "promote", lambda run, name: seen.append((run.parent.name, name)) or "results/toy/best"
+    )
+    result = predoc("train", "toy", "--record", "best")
+    assert result.exit_code == 0
+    assert seen == [("toy", "best")]
+    assert "recorded in results/toy/best" in result.output
+    predoc("train", "toy", "--record", "worst", "-p", "ends=badly")
+    assert len(seen) == 1
+
+
+def test_device_is_a_parameter_and_processes_are_counted_from_one(predoc):
+    result = predoc("train", "toy", "--device", "cpu")
+    assert result.exit_code == 2
+    assert "Unknown parameter 'device'" in result.stderr  # the toy has none
+    assert predoc("train", "toy", "--num-processes", "0").exit_code == 2
+    assert not Path("runs").exists()
+
+
+def test_runs_are_listed_with_state_and_the_command_that_goes_on(predoc):
+    assert "No runs in runs." in predoc("runs").output
+    stopped("a")
+    with pytest.raises(RuntimeError), runs.claim(Path("runs/toy/b"), "toy", ToyConfig()):
+        raise RuntimeError("it broke")
+    with runs.claim(Path("runs/toy/c"), "toy", ToyConfig()):
+        output = predoc("runs").output
+    states = {line.split()[1]: line.split()[2] for line in output.splitlines() if line.startswith("toy")}
+    assert states == {"a": "killed", "b": "failed", "c": "running"}
+    assert "predoc train toy --resume runs/toy/a" in output
+    assert "--resume runs/toy/c" not in output
+
+
+def test_results_are_listed_and_compared(predoc):
+    output = predoc("results").output
+    assert "digits32-1-stride1-ode-seed0" in output
+    result = predoc("results", "latent_ode", "digits32-1-stride1-ode-seed0", "digits32-1-stride1-gru-seed0")
+    row = next(line for line in result.output.splitlines() if line.startswith("| prediction.mean image.psnr "))
+    assert row.count("|") == 4
+    assert "Did you mean 'latent_ode'" in predoc("results", "latent_od").stderr
+    assert "Unknown result 'digits'" in predoc("results", "latent_ode", "digits").stderr

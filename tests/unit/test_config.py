@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from predoc_lib import experiments
-from predoc_lib.experiments import config as configs
 from predoc_lib.experiments.config import PRESETS, ConfigError, build, check, choose, choose_device, option
 from predoc_lib.experiments.latent_ode import Config
+from predoc_lib.experiments.running import main
 
 pytestmark = pytest.mark.usefixtures("as_shipped")  # a Config checks its own fields, in its own words
 
-NAMES = [m.name for m in pkgutil.iter_modules(experiments.__path__) if m.name != "config"]
+NAMES = [m.name for m in pkgutil.iter_modules(experiments.__path__) if m.name not in ("config", "running")]
 CONFIGS = [importlib.import_module(f"predoc_lib.experiments.{name}").Config for name in NAMES]
 every_config = pytest.mark.parametrize("config_class", CONFIGS, ids=NAMES)
 
@@ -64,7 +64,7 @@ def test_a_config_can_be_made_again_from_its_record():
         ("boook", {}, r"Unknown preset 'boook'\. Did you mean 'book'\? Valid: smoke, book, thesis\."),
         ("book", {"n_digit": 2}, r"Unknown parameter 'n_digit'\. Did you mean 'n_digits'\? Valid: .*seed"),
         ("book", {"presets": {}}, r"Unknown parameter 'presets'"),
-        ("book", {"zzz": 1}, r"Unknown parameter 'zzz'\. Valid: dataset"),
+        ("book", {"zzz": 1}, r"Unknown parameter 'zzz'\. Valid: steps"),
         ("book", {"dataset": "minst"}, r"'dataset'.* 'minst'\. Did you mean 'mnist'\?"),
         ("book", {"n_digits": 3}, r"'n_digits'.* 3\. Valid: 1, 2\."),
         ("book", {"canvas": 48}, r"'canvas'.* 48\b.*Valid: 32, 64\."),
@@ -140,13 +140,13 @@ def command_line(monkeypatch, *arguments):
     """What ``run`` is called with."""
     called = []
 
-    def run(config, folder=None):
+    def run(config, folder=None, num_processes=1):
         """Run it."""
         called.append((config, folder))
         return {"wall_time_s": 1.0}
 
     monkeypatch.setattr(sys, "argv", ["small", *arguments])
-    configs.main(Small, run)
+    main(Small, run)
     return called[0]
 
 

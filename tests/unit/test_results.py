@@ -23,7 +23,7 @@ def record(**changes):
         "device": torch.device("cpu"),
         "wall_time_s": 61.26,
         "evaluations": 40,
-        "data": {"name": "digits", "sha256": "0123456789abcdef"},
+        "data": {"name": "digits", "sha256": 4 * "0123456789abcdef"},
         "history": [{"step": 3, "loss": 1.5}],
     }
     return results.record("latent_ode", Config(), {"prediction": {"ode": {"psnr": 20.0}}}, **options) | changes

@@ -1,0 +1,70 @@
+"""Files that appear whole or not at all, and archives and arrays that come from elsewhere."""
+
+import contextlib
+import os
+import tarfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+
+class FileError(ValueError):
+    """A file that is refused: the message names it and says why."""
+
+
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A temporary path to write to; when the block ends well it is flushed to the disk and renamed to ``path``.
+
+    A process that is killed, or a disk that is full, leaves the old file or none, never a part of a new one.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_npz(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of an ``.npz`` (or the one of an ``.npy``, named "array").
+
+    Raises:
+        FileError: it cannot be read, or holds Python objects: those would be unpickled, which can run any code.
+    """
+    try:
+        found = np.load(path, allow_pickle=False)
+        return {"array": found} if isinstance(found, np.ndarray) else {name: found[name] for name in found.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        why = "it holds Python objects, which are never unpickled" if "pickle" in str(error).lower() else str(error)
+        raise FileError(f"{path} is refused: {why}. Wanted: an .npz or .npy file of plain numeric arrays.") from error
+
+
+def extract(archive: Path, folder: Path) -> None:
+    """Unpack a ``.tar``, ``.tar.gz`` or ``.zip`` into a folder, if all of it stays inside.
+
+    Raises:
+        FileError: it cannot be read, or an entry would lie outside the folder (nothing is unpacked then).
+    """
+    root = folder.resolve()
+    try:
+        if zipfile.is_zipfile(archive):
+            with zipfile.ZipFile(archive) as file:
+                for name in file.namelist():
+                    if not (root / name).resolve().is_relative_to(root):
+                        raise FileError(f"{archive} is refused: its entry {name!r} would lie outside {folder}.")
+                file.extractall(folder)
+        else:
+            with tarfile.open(archive) as file:
+                for entry in file.getmembers():
+                    tarfile.data_filter(entry, str(root))  # raises for every entry that the standard calls unsafe
+                file.extractall(folder, filter="data")
+    except tarfile.FilterError as error:
+        raise FileError(f"{archive} is refused: {error}.") from error
+    except (OSError, tarfile.TarError, zipfile.BadZipFile) as error:
+        raise FileError(f"{archive} cannot be unpacked: {error}.") from error

@@ -1,0 +1,147 @@
+"""The folder of a run: who works in it, what state it is in.
+
+``run.json`` says what the run is made of; ``.lock`` is held, in the kernel's sense, exactly as long as a process trains
+there, however that process ends.
+"""
+
+import contextlib
+import dataclasses
+import datetime
+import fcntl
+import json
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from predoc_lib import checkpoint, results
+from predoc_lib.files import whole
+
+STATES = ("running", "finished", "killed", "failed")
+
+
+class RunError(ValueError):
+    """A run folder that cannot be used: the message says why, and what to do."""
+
+
+@contextlib.contextmanager
+def claim(folder: Path, experiment: str, config: Any, num_processes: int = 1) -> Iterator[None]:
+    """Work in a run's folder: no other process can, and an error in the block is noted there.
+
+    Args:
+        folder: made if it is not there; a run that was stopped in it goes on.
+        experiment: its name.
+        config: its Config, a dataclass.
+        num_processes: that train together.
+
+    Raises:
+        RunError: the folder cannot be written, another process trains in it, or ``run.json`` is damaged.
+        CheckpointError: it holds another run; the message names the fields that differ.
+    """
+    folder = Path(folder)
+    mine = {"experiment": experiment} | dataclasses.asdict(config)
+    before = _read(folder)
+    if before is not None:
+        found = {"experiment": before["experiment"]} | before["config"]
+        checkpoint.must_be_same(mine, found, folder)
+    started = (before or {}).get("started") or datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    note = {
+        "experiment": experiment,
+        "config": dataclasses.asdict(config),
+        "num_processes": num_processes,
+        "host": platform.node(),
+        "started": started,
+        "error": None,
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("w")
+    except OSError as error:
+        raise RunError(f"Nothing can be written in {folder}: {error.strerror}. Choose another folder.") from error
+    with lock:
+        if not _lock(lock):
+            raise RunError(f"{folder} is being trained in by another process: wait for it, or choose another folder.")
+        _write(folder, note)
+        try:
+            yield
+        except Exception as error:
+            _write(folder, note | {"error": f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"})
+            raise
+
+
+def state(folder: Path) -> str:
+    """One of ``STATES``: "killed" is every run that has ended without a result or an error, and can go on."""
+    if _is_locked(folder):
+        return "running"
+    with contextlib.suppress(results.ResultError):
+        results.load(folder)
+        return "finished"
+    return "failed" if (_read(folder) or {}).get("error") else "killed"
+
+
+def config_of(folder: Path) -> tuple[str, dict[str, Any]]:
+    """The experiment of a run and its parameters.
+
+    Raises:
+        RunError: there is no run, or its ``run.json`` is damaged.
+    """
+    found = _read(Path(folder))
+    if found is None:
+        raise RunError(f"{folder} holds no run: there is no run.json.")
+    return found["experiment"], found["config"]
+
+
+def listing(root: Path) -> list[dict[str, Any]]:
+    """Every run under a folder, by name: {"experiment", "name", "state", "step", "steps", "row", "folder"}.
+
+    "row" is the last of its history; a file that cannot be read is named in it.
+    """
+    rows = []
+    for folder in sorted(path.parent for path in Path(root).glob("**/run.json")):
+        row = {"name": folder.name, "folder": folder, "step": 0, "steps": None, "row": {}}
+        try:
+            row["experiment"], _ = config_of(folder)
+            row["state"] = state(folder)
+            found = checkpoint.paths(folder / "checkpoints")
+            if found:
+                known = checkpoint.summary(found[-1])
+                row |= {"step": known["step"], "steps": known["steps"]}
+                row["row"] = known["history"][-1] if known["history"] else {}
+        except (RunError, checkpoint.CheckpointError) as error:
+            row = {"experiment": "?", "state": "damaged"} | row | {"row": {"problem": str(error)}}
+        rows.append(row)
+    return rows
+
+
+def _lock(file: Any) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _is_locked(folder: Path) -> bool:
+    try:
+        with (Path(folder) / ".lock").open("r") as file:
+            return not _lock(file)
+    except OSError:
+        return False
+
+
+def _read(folder: Path) -> dict[str, Any] | None:
+    path = Path(folder) / "run.json"
+    try:
+        found = json.loads(path.read_text())
+        if not isinstance(found["experiment"], str) or not isinstance(found["config"], dict):
+            raise ValueError("experiment and config are wanted")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{path} is damaged ({error}): choose another folder, or delete this one.") from error
+    return found
+
+
+def _write(folder: Path, note: dict[str, Any]) -> None:
+    with whole(folder / "run.json") as temporary:
+        temporary.write_text(json.dumps(note, indent=1) + "\n")
