@@ -5,6 +5,7 @@ rest of the state as JSON with the SHA-256 of all of it.
 """
 
 import collections
+import contextlib
 import hashlib
 import json
 import random
@@ -50,7 +51,7 @@ def load_weights(model: nn.Module, path: Path) -> nn.Module:
     try:
         weights = safetensors.torch.load_file(path)
     except (OSError, safetensors.SafetensorError) as error:
-        raise WeightsError(f"{path} cannot be read as safetensors weights: {error}.") from error
+        raise WeightsError(f"{path} cannot be read as safetensors weights: {error}.{_pickled(path)}") from error
     own = model.state_dict()
     for name in sorted(own.keys() | weights.keys()):
         expected, found = (list(w[name].shape) if name in w else "nothing" for w in (own, weights))
@@ -158,6 +159,14 @@ def must_be_same(mine: dict[str, Any], found: dict[str, Any], where: Path) -> No
         raise CheckpointError(
             f"{where} holds another run: {'; '.join(differing)}. Use another folder, or the same parameters."
         )
+
+
+def _pickled(path: Path) -> str:
+    """A sentence, if a file is a pickle or PyTorch's archive of one."""
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        if file.read(2) in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK"):
+            return " It looks like a pickle, and a pickle is never opened: it can run any code."
+    return ""
 
 
 def random_state() -> dict[str, Any]:

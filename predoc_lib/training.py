@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import importlib.util
 import math
 import os
 import signal
@@ -121,6 +122,8 @@ def fit(
         CheckpointError: the folder's checkpoints are of another run, or all damaged.
         KeyboardInterrupt, SystemExit: after SIGINT or SIGTERM, when a checkpoint is saved.
     """
+    if tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise ValueError("tensorboard=True needs the package tensorboard: pip install tensorboard.")
     device, folder = torch.device(device), None if folder is None else Path(folder)
     many = int(os.environ.get("WORLD_SIZE", 1)) > 1
     accelerator = accelerate.Accelerator(

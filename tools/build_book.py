@@ -23,7 +23,8 @@ ENVIRONMENT = {"PREDOC_PRESET": "smoke", "OMP_NUM_THREADS": "1", "PYDEVD_DISABLE
 
 def fingerprint() -> str:
     """A hash of everything that a chapter's outputs depend on besides its own source."""
-    files = [*ROOT.glob("predoc_lib/**/*.py"), *ROOT.glob("results/**/*"), ROOT / "requirements.txt"]
+    folders = ("predoc_lib/**/*.py", "results/**/*", "examples/*", "benchmarks/*")
+    files = [*(path for folder in folders for path in ROOT.glob(folder)), ROOT / "requirements.txt"]
     digest = hashlib.sha256(sys.version.encode())
     for path in sorted(path for path in files if path.is_file()):
         digest.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())

@@ -54,11 +54,22 @@ def _launch(run: Callable, config: Any, folder: Path | None, progress: bool | No
     gpus = torch.cuda.device_count()
     if config.device != "cpu" and 0 < gpus < num_processes:
         raise ConfigError(f"num_processes must be at most the number of GPUs here, {gpus}, got {num_processes}.")
+    # What an earlier training in this process left behind; a launch wants none.
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+
+    def one_thread_each(*arguments: Any) -> None:
+        torch.set_num_threads(1)  # a forked process hangs in threads that its parent had
+        run(*arguments)
+
     with tempfile.TemporaryDirectory() as scratch:
         arguments = (config, folder or Path(scratch), progress, num_processes)
         with contextlib.redirect_stdout(io.StringIO()):  # the launcher's remarks on devices, which are not always true
             accelerate.notebook_launcher(
-                run, arguments, num_processes=num_processes, rdzv_backend="c10d", rdzv_endpoint="localhost:0"
+                one_thread_each,
+                arguments,
+                num_processes=num_processes,
+                rdzv_backend="c10d",
+                rdzv_endpoint="localhost:0",
             )
         return results.load(folder or Path(scratch))
 
@@ -71,7 +82,7 @@ def _truth(text: str) -> bool:
 
 def main(config_class: type, run: Callable[..., Record | None]) -> None:
     """The command line of an experiment: ``--preset``, ``--folder`` and one option for every field of its Config."""
-    parser = argparse.ArgumentParser(description=run.__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=run.__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--preset", default="book", help=" | ".join(PRESETS))
     parser.add_argument("--folder", type=Path, help="where everything is kept; a run that is there goes on")
     for f in dataclasses.fields(config_class):
@@ -87,6 +98,8 @@ def main(config_class: type, run: Callable[..., Record | None]) -> None:
         record = run(config, folder, num_processes=int(os.environ.get("WORLD_SIZE", 1)))
     except (ValueError, TrainingError) as error:  # what the user can mend
         sys.exit(f"{parser.prog}: {error}")
+    except KeyboardInterrupt:  # the training has said what it saved
+        sys.exit(130)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     if record is not None:
