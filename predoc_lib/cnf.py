@@ -216,7 +216,8 @@ class CNF(nn.Module):
         if x.ndim != 1 + len(self.shape) or tuple(x.shape[1:]) != self.shape or not len(x):
             raise ValueError(f"x must be [B, {', '.join(map(str, self.shape))}], B at least 1, got {list(x.shape)}.")
         if not x.is_floating_point() or not torch.isfinite(x).all():
-            raise ValueError(f"x must hold finite floats, got {'NaN or infinity' if x.is_floating_point() else x.dtype}.")
+            got = "NaN or infinity" if x.is_floating_point() else x.dtype
+            raise ValueError(f"x must hold finite floats, got {got}.")
         if cond is not None and len(cond) != len(x):
             raise ValueError(f"cond must have {len(x)} rows, as x has, got {len(cond)}.")
 
