@@ -15,6 +15,7 @@ import torch
 
 from predoc_lib.data import moving_digits
 from predoc_lib.experiments.latent_ode import CONTEXT, FRAMES, Config, build_model, observed_times
+from predoc_lib.measure import bytes_kept
 from predoc_lib.results import device_name
 
 SOLVERS = {
@@ -23,26 +24,6 @@ SOLVERS = {
     "dopri5, 1e-4": {"method": "dopri5", "adjoint": False},
     "dopri5, 1e-4, adjoint": {"method": "dopri5", "adjoint": True},
 }
-
-
-def bytes_kept(forward, device: torch.device) -> int:
-    """Bytes that one forward pass keeps for the backward pass."""
-    if device.type == "cuda":
-        before = torch.cuda.memory_allocated(device)
-        loss = forward()
-        kept = torch.cuda.memory_allocated(device) - before
-        del loss
-        return kept
-    sizes = {}
-
-    def keep(x):
-        sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        loss = forward()  # held until here, so that no storage is freed and counted twice
-    del loss
-    return sum(sizes.values())
 
 
 def main() -> None:
