@@ -9,15 +9,15 @@ import torchdiffeq
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from predoc_lib.guards import SolverError
 from predoc_lib.naming import unknown
+from predoc_lib.solvers import METHODS, Solution, integrate
+
+__all__ = ["ADAPTIVE", "FIXED_STEP", "METHODS", "NeuralODE", "Solution", "SolverError", "integrate"]
 
 # torchdiffeq's other adaptive solvers do not keep their tolerance at times between their steps.
 ADAPTIVE = ("dopri5", "adaptive_heun")
 FIXED_STEP = ("euler", "midpoint", "heun3", "rk4")
-
-
-class SolverError(RuntimeError):
-    """An ODE solve failed: the message says where, after how many evaluations, and what to try."""
 
 
 class _Counted(nn.Module):
