@@ -1,7 +1,10 @@
-"""Initial value problems x'(t) = f(t, x), x(t_0) = x_0, with a neural network as f (eqs. 3.1-3.3)."""
+"""Initial value problems x'(t) = f(t, x), x(t_0) = x_0, with a neural network as f (eqs. 3.1-3.8).
 
+``NeuralODE`` stands on torchdiffeq and is what the models use; ``integrate`` is the book's own.
+"""
+
+import functools
 import itertools
-import math
 from collections.abc import Callable
 
 import torch
@@ -9,31 +12,16 @@ import torchdiffeq
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from predoc_lib.guards import SolverError
-from predoc_lib.naming import unknown
+from predoc_lib.guards import BACKWARDS, Counted, SolverError, check_options, check_problem, even_steps
 from predoc_lib.solvers import METHODS, Solution, integrate
 
-__all__ = ["ADAPTIVE", "FIXED_STEP", "METHODS", "NeuralODE", "Solution", "SolverError", "integrate"]
+__all__ = [
+    "ADAPTIVE", "FIXED_STEP", "METHODS", "NeuralODE", "Solution", "SolverError", "integrate",
+]  # fmt: skip
 
 # torchdiffeq's other adaptive solvers do not keep their tolerance at times between their steps.
 ADAPTIVE = ("dopri5", "adaptive_heun")
 FIXED_STEP = ("euler", "midpoint", "heun3", "rk4")
-
-
-class _Counted(nn.Module):
-    """f with its calls counted and the shape that it returns checked."""
-
-    def __init__(self, f: Callable[[Tensor, Tensor], Tensor]) -> None:
-        super().__init__()
-        self.f, self.evaluations, self.last = f, 0, None
-
-    def forward(self, t: Tensor, x: Tensor) -> Tensor:
-        self.evaluations += 1
-        self.last = t
-        dx = self.f(t, x)
-        if dx.shape != x.shape:
-            raise ValueError(f"f must return the shape of x, {list(x.shape)}, got {list(dx.shape)}.")
-        return dx
 
 
 class NeuralODE(nn.Module):
@@ -46,12 +34,14 @@ class NeuralODE(nn.Module):
         atol: absolute tolerance of an adaptive solver.
         step_size: longest step of a fixed-step solver; each interval between times is divided evenly. None: one step.
         adjoint: gradients by the adjoint method (eqs. 3.5-3.8) instead of through the solver's steps.
+        max_evaluations: of f in a solve; more stop it. The adjoint's solve backwards has as many of its own.
 
     Attributes:
-        stats: {"evaluations": calls of f in the last forward solve}.
+        stats: of the last solve: "evaluations" of f, steps "accepted" and "rejected"; and "evaluations_backward",
+            of f in the adjoint's solve.
 
     Raises:
-        ValueError: unknown method, or a tolerance or step that is not positive.
+        ValueError: unknown method, or a tolerance, step or limit that is not positive.
     """
 
     def __init__(
@@ -63,62 +53,115 @@ class NeuralODE(nn.Module):
         atol: float = 1e-5,
         step_size: float | None = None,
         adjoint: bool = False,
+        max_evaluations: int | None = None,
     ) -> None:
         super().__init__()
-        if method not in ADAPTIVE + FIXED_STEP:
-            raise ValueError(unknown("ODE method", method, ADAPTIVE + FIXED_STEP))
-        if not (rtol > 0 and atol > 0 and (step_size is None or step_size > 0)):
-            raise ValueError(f"rtol, atol and step_size must be positive, got {rtol}, {atol} and {step_size}.")
-        self.f, self.method, self.rtol, self.atol, self.step_size, self.adjoint = (
-            f,
-            method,
-            rtol,
-            atol,
-            step_size,
-            adjoint,
-        )
-        self.stats = {"evaluations": 0}
+        check_options(method, ADAPTIVE + FIXED_STEP, rtol, atol, step_size, max_evaluations)
+        self.f, self.method, self.adjoint = f, method, adjoint
+        self.rtol, self.atol, self.step_size, self.max_evaluations = rtol, atol, step_size, max_evaluations
+        self.stats = {"evaluations": 0, "accepted": 0, "rejected": 0, "evaluations_backward": 0}
 
     def forward(self, x0: Float[Tensor, "..."], t: Float[Tensor, " T"]) -> Float[Tensor, "T ..."]:
         """x at the times t, the first of which is x0's own; t increases or decreases strictly.
 
         Raises:
             ValueError: t is empty or not strictly monotone, x0 is not floating point, f returns another shape.
-            SolverError: the adaptive step underflows, or x is no longer finite.
+            SolverError: the adaptive step underflows, x is no longer finite, or ``max_evaluations`` are used up;
+                from ``backward()`` too, with ``adjoint``.
         """
-        if not x0.is_floating_point():
-            raise ValueError(f"x0 must be floating point, got {x0.dtype}.")
-        steps = t.reshape(-1).diff()
-        if t.ndim != 1 or not len(t) or not ((steps > 0).all() or (steps < 0).all()):
-            raise ValueError(f"t must hold strictly increasing or strictly decreasing times, got {t.tolist()}.")
+        check_problem(x0, t)
         if len(t) == 1:
             return x0[None]
-        f = _Counted(self.f)
-        options = {"grid_constructor": self._grid} if self.method in FIXED_STEP else {}
+        counted = Counted(self.f, self.method, self.max_evaluations)
         solve = torchdiffeq.odeint_adjoint if self.adjoint else torchdiffeq.odeint
-        try:
-            x = solve(f, x0, t, rtol=self.rtol, atol=self.atol, method=self.method, options=options)
-        except AssertionError as error:  # torchdiffeq's way to say that its step underflows or x is not finite
-            raise self._failure(f, x0, str(error)) from error
-        if not torch.isfinite(x).all():
-            raise self._failure(f, x0, "x is not finite")
-        self.stats = {"evaluations": f.evaluations}
+        options = (self.method, self.step_size, self.rtol, self.atol, {})
+        x, watched = _solve(solve, self.f, counted, x0, t, *options)
+        self.stats = watched.stats
+        if self.adjoint:
+            watched.turn_back()
+            if x.requires_grad:
+                x.register_hook(watched.check_gradient)
         return x
 
-    def _grid(self, f: Callable, x0: Tensor, t: Tensor) -> Tensor:
-        """Times of a fixed-step solver: every interval of t, divided evenly into steps of at most ``step_size``."""
-        pieces = [t[:1]]
-        for start, end in itertools.pairwise(t):
-            # The small allowance keeps rounding of times such as 0.1 + 0.2 from adding a step.
-            n = 1 if self.step_size is None else max(1, math.ceil(abs((end - start).item()) / self.step_size - 1e-4))
-            inner = torch.arange(1, n, device=t.device, dtype=t.dtype) / n
-            pieces += [start + (end - start) * inner, end[None]]  # the end itself: rounding must not miss it
-        return torch.cat(pieces)
 
-    def _failure(self, f: _Counted, x0: Tensor, reason: str) -> SolverError:
-        return SolverError(
-            f"The solver {self.method} stopped near t = {float(f.last):.4g} after {f.evaluations} evaluations of f: "
-            f"{reason}. The solution may grow without bound, or f may be stiff or not finite "
-            f"(|x0| is at most {float(x0.abs().max()):.3g}). Try a shorter time span, looser tolerances, smaller "
-            "weights or learning rate, or a bounded f."
-        )
+def _solve(
+    odeint: Callable,
+    f: Callable,
+    counted: Counted,
+    x0: Tensor,
+    t: Tensor,
+    method: str,
+    step_size: float | None,
+    rtol: float,
+    atol: float,
+    options: dict,
+) -> tuple[Tensor, "_Watched"]:
+    """x at t, and who watched."""
+    if method in ADAPTIVE:
+        watched = _WatchedAdaptive(f, counted)
+    else:
+        watched, options = _Watched(f, counted), {"grid_constructor": functools.partial(_grid, step_size)}
+    try:
+        x = odeint(watched, x0, t, rtol=rtol, atol=atol, method=method, options=options)
+    except AssertionError as error:  # torchdiffeq's way to say that x is not finite; followed by x
+        raise counted.failure(str(error).split(":")[0]) from error
+    counted.check_finite(x, t)
+    return x, watched
+
+
+class _Watched(nn.Module):
+    """f as torchdiffeq calls it: counted, and told of every step before it is made, in either direction."""
+
+    def __init__(self, f: Callable, counted: Counted) -> None:
+        super().__init__()
+        self.f, self.counted = f, counted  # f, if it is a module, for torchdiffeq's adjoint to find its parameters
+        self.direction = ""
+        self.stats = {"evaluations": 0, "accepted": 0, "rejected": 0, "evaluations_backward": 0}
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        dx = self.counted(t, x)
+        self.stats["evaluations" + self.direction] += 1
+        return dx
+
+    def turn_back(self) -> None:
+        """The solve is over: from here on, only the adjoint's calls f."""
+        self.direction, self.counted.evaluations = "_backward", 0
+        self.counted.method += BACKWARDS
+
+    def check_gradient(self, gradient: Tensor) -> None:
+        """Of the loss: the adjoint starts from it."""
+        if not gradient.isfinite().all():
+            raise self.counted.failure("the gradient of the loss is not finite")
+
+    def step(self, t: Tensor, h: Tensor) -> None:
+        self.counted.at(t, h)
+
+    def callback_step(self, t: Tensor, x: Tensor, h: Tensor) -> None:
+        self.stats["accepted"] += 1
+        self.step(t, h)
+
+    def callback_step_adjoint(self, t: Tensor, x: tuple[Tensor, ...], h: Tensor) -> None:
+        self.step(t, h)
+
+
+class _WatchedAdaptive(_Watched):
+    """The same for an adaptive solver, whose steps may be rejected, and may vanish."""
+
+    def step(self, t: Tensor, h: Tensor) -> None:
+        super().step(t, h)
+        if t + h == t:  # torchdiffeq would raise an AssertionError, and out of backward() in the adjoint's solve
+            raise self.counted.failure("its step underflowed")
+
+    def callback_reject_step(self, t: Tensor, x: Tensor, h: Tensor) -> None:
+        self.stats["accepted"] -= 1
+        self.stats["rejected"] += 1
+
+
+def _grid(step_size: float | None, f: Callable, x0: Tensor, t: Tensor) -> Tensor:
+    """Times of a fixed-step solver: every interval of t, divided evenly into steps of at most ``step_size``."""
+    pieces = [t[:1]]
+    for start, end in itertools.pairwise(t):
+        n = even_steps(start.item(), end.item(), step_size)
+        inner = torch.arange(1, n, device=t.device, dtype=t.dtype) / n
+        pieces += [start + (end - start) * inner, end[None]]  # the end itself: rounding must not miss it
+    return torch.cat(pieces)

@@ -147,6 +147,72 @@ def test_a_field_that_is_not_finite_is_a_solver_error(method):
         NeuralODE(lambda t, x: x * math.nan, method=method)(X0, TIMES)
 
 
+@pytest.mark.parametrize("adjoint", [False, True])
+@pytest.mark.parametrize("method", ["dopri5", "adaptive_heun", "rk4"])
+def test_too_many_evaluations_stop_with_the_time_reached(method, adjoint):
+    calls = []
+    f = Linear()
+    f.register_forward_hook(lambda *_: calls.append(1))
+    solve = NeuralODE(f, method=method, step_size=0.1, adjoint=adjoint, max_evaluations=50)
+    with pytest.raises(
+        SolverError, match=rf"{method} stopped near t = .* max_evaluations = 50 are used up \(last"
+    ) as e:
+        solve(X0, torch.tensor([3.0, 90.0], dtype=torch.float64))
+    assert len(calls) == 50
+    assert 3.1 < float(str(e.value).split("t = ")[1].split()[0]) < 10
+
+
+def test_a_limit_holds_for_the_solve_backwards_too():
+    f = Linear()
+    solve = NeuralODE(f, adjoint=True)
+    solve(X0, TIMES).sum().backward()
+    forwards, backwards = solve.stats["evaluations"], solve.stats["evaluations_backward"]
+    assert backwards > forwards
+    x = NeuralODE(f, adjoint=True, max_evaluations=backwards)(X0, TIMES)
+    x.sum().backward()
+    x = NeuralODE(f, adjoint=True, max_evaluations=backwards - 1)(X0, TIMES)
+    with pytest.raises(SolverError, match=r"dopri5 \(of the adjoint, backwards in time\) stopped near t = .* used up"):
+        x.sum().backward()
+
+
+def test_a_solve_that_fails_backwards_only_is_a_solver_error_that_says_so():
+    """Forwards, everything settles at 0; backwards, what is lost of it to rounding grows, and blows up."""
+    x = NeuralODE(lambda t, x: -50 * x - x**3, adjoint=True)(X0.clone().requires_grad_(), TIMES)
+    with pytest.raises(
+        SolverError, match=r"of the adjoint, backwards in time.* its step underflowed .*what decays grows"
+    ):
+        x.sum().backward()
+
+
+def test_a_loss_that_is_nan_is_a_solver_error_of_the_adjoint():
+    x = NeuralODE(Linear(), adjoint=True)(X0, TIMES)
+    with pytest.raises(
+        SolverError, match=r"of the adjoint, backwards in time.* the gradient of the loss is not finite"
+    ):
+        (x * math.nan).sum().backward()
+
+
+@pytest.mark.parametrize("method", ["dopri5", "rk4"])
+def test_statistics_count_steps_and_both_solves(method):
+    calls = []
+    f = Linear()
+    f.register_forward_hook(lambda *_: calls.append(1))
+    solve = NeuralODE(f, method=method, step_size=0.1, adjoint=True)
+    x = solve(X0, TIMES)
+    forwards, steps = len(calls), solve.stats["accepted"] + solve.stats["rejected"]
+    x.sum().backward()
+    assert solve.stats["evaluations"] == forwards == (2 + 6 * steps if method == "dopri5" else 4 * steps)
+    assert solve.stats["evaluations_backward"] == len(calls) - forwards > 0
+    NeuralODE(f, method=method, step_size=0.1)(X0, TIMES).sum().backward()
+
+
+def test_a_step_that_is_made_again_counts_as_rejected():
+    solve = NeuralODE(lambda t, x: torch.where(t < 0.6, 0.0, 10.0) * torch.cos(5 * x), method="dopri5")
+    solve(X0, TIMES)
+    assert solve.stats["rejected"] > 0
+    assert solve.stats["evaluations"] == 2 + 6 * (solve.stats["accepted"] + solve.stats["rejected"])
+
+
 def test_one_time_gives_the_initial_value():
     torch.testing.assert_close(NeuralODE(Linear())(X0, TIMES[:1]), X0[None], atol=0, rtol=0)
 
@@ -163,6 +229,7 @@ def test_the_fields_parameters_are_the_modules():
         ({"atol": -1e-3}, r"must be positive, got .*-0\.001"),
         ({"rtol": math.nan}, r"must be positive, got nan"),
         ({"step_size": 0.0}, r"must be positive, got .* 0\.0\."),
+        ({"max_evaluations": 0}, r"max_evaluations must be at least 1, got 0\."),
     ],
 )
 def test_bad_options_are_refused(options, message):
