@@ -1,6 +1,6 @@
 """Initial value problems x'(t) = f(t, x), x(t_0) = x_0, with a neural network as f (eqs. 3.1-3.8).
 
-``NeuralODE`` stands on torchdiffeq and is what the models use; ``integrate`` is the book's own.
+``NeuralODE`` stands on torchdiffeq and is what the models use; ``integrate`` and ``odeint_adjoint`` are the book's own.
 """
 
 import functools
@@ -12,11 +12,13 @@ import torchdiffeq
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from predoc_lib.adjoint import COUNTS, odeint_adjoint
 from predoc_lib.guards import BACKWARDS, Counted, SolverError, check_options, check_problem, even_steps
 from predoc_lib.solvers import METHODS, Solution, integrate
 
 __all__ = [
-    "ADAPTIVE", "FIXED_STEP", "METHODS", "NeuralODE", "Solution", "SolverError", "integrate",
+    "ADAPTIVE", "FIXED_STEP", "METHODS", "NeuralODE", "Solution", "SolverError", "integrate", "integrate_torchdiffeq",
+    "odeint_adjoint",
 ]  # fmt: skip
 
 # torchdiffeq's other adaptive solvers do not keep their tolerance at times between their steps.
@@ -82,6 +84,30 @@ class NeuralODE(nn.Module):
             if x.requires_grad:
                 x.register_hook(watched.check_gradient)
         return x
+
+
+def integrate_torchdiffeq(
+    f: Callable[[Tensor, Tensor], Tensor],
+    x0: Float[Tensor, "..."],
+    t: Float[Tensor, " T"],
+    *,
+    method: str = "dopri5",
+    step_size: float | None = None,
+    rtol: float = 1e-5,
+    atol: float = 1e-5,
+    max_evaluations: int | None = None,
+    first_step: float | None = None,
+    norm: Callable[[Tensor], Tensor] | None = None,
+) -> Solution:
+    """As ``integrate``, by torchdiffeq's solvers: the methods are those of ``NeuralODE``."""
+    check_options(method, ADAPTIVE + FIXED_STEP, rtol, atol, step_size, max_evaluations)
+    check_problem(x0, t)
+    if len(t) == 1:
+        return Solution(x0[None], t, 0, 0, 0)
+    counted = f if isinstance(f, Counted) else Counted(f, method, max_evaluations)
+    options = {name: value for name, value in (("first_step", first_step), ("norm", norm)) if value is not None}
+    x, watched = _solve(torchdiffeq.odeint, f, counted, x0, t, method, step_size, rtol, atol, options)
+    return Solution(x, t, *(watched.stats[name] for name in COUNTS))
 
 
 def _solve(

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from predoc_lib.ode import ADAPTIVE, FIXED_STEP, NeuralODE, SolverError
+from predoc_lib.ode import ADAPTIVE, FIXED_STEP, NeuralODE, SolverError, integrate_torchdiffeq
 
 A = torch.tensor([[-0.3, 2.0, 0.1], [-1.5, -0.2, 0.0], [0.3, 0.0, -0.1]], dtype=torch.float64)
 X0 = torch.tensor([[1.0, 0.0, -1.0], [0.5, 2.0, 0.1]], dtype=torch.float64)
@@ -211,6 +211,17 @@ def test_a_step_that_is_made_again_counts_as_rejected():
     solve(X0, TIMES)
     assert solve.stats["rejected"] > 0
     assert solve.stats["evaluations"] == 2 + 6 * (solve.stats["accepted"] + solve.stats["rejected"])
+
+
+@pytest.mark.parametrize("method", ADAPTIVE + FIXED_STEP)
+def test_torchdiffeqs_solvers_also_give_a_solution_with_its_statistics(method):
+    options = {"method": method, "step_size": 0.1, "rtol": 1e-6, "atol": 1e-6}
+    solve, solution = NeuralODE(Linear(), **options), integrate_torchdiffeq(Linear(), X0, TIMES, **options)
+    torch.testing.assert_close(solution.x, solve(X0, TIMES), atol=0, rtol=0)
+    assert solve.stats == {"evaluations_backward": 0} | {
+        name: getattr(solution, name) for name in ("evaluations", "accepted", "rejected")
+    }
+    torch.testing.assert_close(integrate_torchdiffeq(Linear(), X0, TIMES[:1]).x, X0[None], atol=0, rtol=0)
 
 
 def test_one_time_gives_the_initial_value():
