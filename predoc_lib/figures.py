@@ -9,6 +9,7 @@ from collections.abc import Mapping
 import matplotlib
 import numpy as np
 from cycler import cycler
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#1A1A1A")
@@ -61,3 +62,11 @@ def film_strip(frames: Mapping[str, np.ndarray], titles: list[str], *, width: fl
                     axis.set_title(title, fontsize=8)
             row[0].set_ylabel(name, fontsize=8)
     return figure
+
+
+def picture(figure: Figure, dpi: int = 80) -> np.ndarray:
+    """A figure as pixels [H, W, 3], uint8: one frame of a ``widgets.scrubber``."""
+    figure.set_dpi(dpi)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
