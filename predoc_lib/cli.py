@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 import re
+import shlex
 import textwrap
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -104,8 +105,16 @@ def train(
     choose(name, _experiments(), "experiment")
     notebook = notebooks.read(TRAINING / f"{name}.md")
     known = [parameter for parameter in _parameters(notebook) if parameter not in SET_BY_COMMAND]
-    parameters = {"preset": None} | _parse((*given, *([f"device={device}"] if device else [])), known)
-    run = None if resume is None else _stopped(name, resume, folder, parameters)
+    parameters = {"preset": None} | _parse(given, known)
+    if device is not None:
+        choose("device", known, "parameter")
+        if parameters.setdefault("device", device) != device:
+            raise BadInput(f"--device {device} and -p device={parameters['device']} are both given: leave one out.")
+    run = None if resume is None else _known_run(name, resume, folder, parameters)
+    if run is not None and runs.state(run) == "finished":
+        click.echo(f"{run} is finished: there is nothing to do.")
+        _record(run, record)
+        return
     parameters["preset"] = parameters["preset"] or os.environ.get("PREDOC_PRESET") or "book"
     config_class = _module(name).Config
     overrides = {key: value for key, value in parameters.items() if key in config_class.__dataclass_fields__}
@@ -121,8 +130,7 @@ def train(
     notebooks.execute(notebook, run / f"{name}.ipynb", parameters | {"folder": str(run)})
     metrics = json.loads((run / "metrics.json").read_text())
     click.echo(f"finished in {metrics['wall_time_s']:.0f} s; in {run}: {', '.join(sorted(os.listdir(run)))}")
-    if record is not None:
-        click.echo(f"recorded in {results.promote(run, record)}")
+    _record(run, record)
 
 
 @main.command("runs")
@@ -145,7 +153,7 @@ def list_runs(folder: Path) -> None:
     _table(rows, ["experiment", "run", "state", "step", "figures"])
     for run in found:
         if run["state"] in ("killed", "failed"):
-            click.echo(f"\nGo on: predoc train {run['experiment']} --resume {run['folder']}")
+            click.echo(f"\nGo on: predoc train {run['experiment']} --resume {shlex.quote(str(run['folder']))}")
 
 
 @main.command("results")
@@ -153,7 +161,7 @@ def list_runs(folder: Path) -> None:
 @click.argument("names", nargs=-1)
 def show_results(experiment: str | None, names: tuple[str, ...]) -> None:
     """Show the recorded results, or compare those of an experiment, all or the named ones, figure by figure."""
-    recorded = {path.name: results.recorded(path.name) for path in sorted(results.RESULTS.glob("*")) if path.is_dir()}
+    recorded = {name: results.recorded(name) for name in results.experiments()}
     if experiment is None:
         rows = [
             [name, result, f"{r['wall_time_s'] / 60:.1f}", r["seed"], r["device"]]
@@ -221,20 +229,23 @@ def _parse(given: Iterable[str], known: list[str]) -> dict[str, Any]:
     return parameters
 
 
-def _stopped(name: str, resume: str, folder: Path, parameters: dict[str, Any]) -> Path:
-    """The folder of a run that can go on, whose parameters are added to those that are given."""
+def _record(run: Path, record: str | None) -> None:
+    if record is not None:
+        click.echo(f"recorded in {results.promote(run, record)}")
+
+
+def _known_run(name: str, resume: str, folder: Path, parameters: dict[str, Any]) -> Path:
+    """The folder of a run that is finished or can go on; its parameters are added to those that are given."""
     run = next((path for path in (Path(resume), folder / name / resume) if (path / "run.json").exists()), None)
     if run is None:
         raise BadInput(f"No run {resume!r}, neither as a folder nor in {folder / name}; `predoc runs` lists them.")
     experiment, config = runs.config_of(run)
     if experiment != name:
         raise BadInput(f"{run} is a run of {experiment}, not of {name}.")
-    state = runs.state(run)
-    if state == "finished":
-        click.echo(f"{run} is finished: there is nothing to do.")
-        raise click.exceptions.Exit(0)
-    if state == "running":
+    if runs.state(run) == "running":
         raise BadInput(f"{run} is running: wait for it, or stop it first.")
+    if parameters["preset"] is not None:
+        raise BadInput(f"{run} has parameters of its own, and preset={parameters['preset']} is given: leave it out.")
     for key, value in parameters.items():
         if key not in ("preset", "device") and value != config.get(key):
             raise BadInput(f"{run} was started with {key}={config.get(key)}, and {key}={value} is given: leave it out.")

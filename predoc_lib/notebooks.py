@@ -76,9 +76,9 @@ def _interrupts(kernel: Any) -> Iterator[list[int]]:
     interrupted = []
 
     def hand_over(number: int, frame: Any) -> None:
-        if interrupted or not kernel.has_kernel:
-            raise KeyboardInterrupt
         interrupted.append(number)
+        if len(interrupted) > 1 or not kernel.has_kernel:
+            raise KeyboardInterrupt
         click.echo("\nStopping: the run saves what it has (Ctrl-C again leaves at once).", err=True)
         os.kill(kernel.provisioner.pid, signal.SIGINT)  # a kernel would die of SIGTERM outside of the training loop
 

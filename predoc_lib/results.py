@@ -5,13 +5,13 @@ import datetime
 import importlib.metadata
 import itertools
 import json
-import math
 import os
 import platform
 import re
 import shutil
 import statistics
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,8 @@ from predoc_lib.files import whole
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"
 PACKAGES = ("torch", "torchdiffeq", "numpy")
-
-
 MAX_WEIGHTS = 3_000_000  # bytes of a file that is committed
+NAME = r"[A-Za-z0-9_][A-Za-z0-9_.-]*"
 
 
 class ResultError(ValueError):
@@ -96,29 +95,32 @@ def load(folder: Path) -> dict[str, Any]:
     return rec
 
 
-def promote(run: Path, name: str) -> Path:
-    """Copy a finished run's record, and its weights in half precision, to ``results/<experiment>/<name>/``.
+def promote(run: Path, name: str, *, half: bool = True, weights: bool = True) -> Path:
+    """Copy a finished run's record and its weights to ``results/<experiment>/<name>/``; all appears at once.
+
+    Args:
+        run: its folder.
+        name: of the result; one that is there already may only be the same, and is left alone.
+        half: halve the precision of the weights, except of a tensor whose values half precision cannot hold.
+        weights: copy them; else the record alone.
 
     Raises:
-        ResultError: the run is not finished, the name cannot be used or is taken, or the weights are larger than 3 MB.
+        ResultError: the run is not finished, the name cannot be used or is taken, or the weights cannot be read or are
+            larger than 3 MB.
     """
     rec = load(run)
-    target = free_name(rec["experiment"], name)
-    weights = {
-        key: value.half() if value.is_floating_point() else value
-        for key, value in safetensors.torch.load_file(Path(run) / "weights.safetensors").items()
-    }
-    size = sum(value.nbytes for value in weights.values())
-    if size > MAX_WEIGHTS:
-        raise ResultError(
-            f"The weights of {run} have {size / 1e6:.1f} MB in half precision, and what is recorded may have "
-            f"{MAX_WEIGHTS / 1e6:.0f}: record a smaller model, or copy metrics.json alone."
-        )
+    target = _place(rec["experiment"], name)
+    tensors = _weights(Path(run) / "weights.safetensors", half) if weights else {}
     temporary = target.with_name(f".{name}.{os.getpid()}")
     try:
         save(temporary, rec)
-        safetensors.torch.save_file(weights, temporary / "weights.safetensors")
-        temporary.replace(target)
+        if weights:
+            with whole(temporary / "weights.safetensors") as file:
+                safetensors.torch.save_file(tensors, file)
+        if not target.exists() or _content(target) != _content(temporary):
+            temporary.replace(free_name(rec["experiment"], name))
+    except (OSError, safetensors.SafetensorError) as error:
+        raise ResultError(f"Nothing can be recorded in {target}: {error}.") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return target
@@ -130,12 +132,45 @@ def free_name(experiment: str, name: str) -> Path:
     Raises:
         ResultError: the name cannot be a folder's, or is taken.
     """
-    if not re.fullmatch(r"\w[\w.-]*", name):
-        raise ResultError(f"A result's name may have letters, digits, '.', '-' and '_', got {name!r}.")
-    target = RESULTS / experiment / name
+    target = _place(experiment, name)
     if target.exists():
         raise ResultError(f"There is a result {name!r} of {experiment} already: choose another name.")
     return target
+
+
+def _place(experiment: str, name: str) -> Path:
+    if not re.fullmatch(NAME, name):
+        raise ResultError(
+            f"A result's name may have letters, digits, '.', '-' and '_', and starts with none of '.-', got {name!r}."
+        )
+    return RESULTS / experiment / name
+
+
+def _content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def _weights(path: Path, half: bool) -> dict[str, torch.Tensor]:
+    try:
+        tensors = safetensors.torch.load_file(path)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise ResultError(f"The weights {path} cannot be read: {error}.") from error
+    if half:
+        tensors = {key: _halved(value) for key, value in tensors.items()}
+    size = sum(value.nbytes for value in tensors.values())
+    if size > MAX_WEIGHTS:
+        raise ResultError(
+            f"The weights {path} would have {size / 1e6:.1f} MB, and what is recorded may have "
+            f"{MAX_WEIGHTS / 1e6:.0f}: record a smaller model, or results.promote(..., weights=False)."
+        )
+    return tensors
+
+
+def _halved(value: torch.Tensor) -> torch.Tensor:
+    if not value.is_floating_point():
+        return value
+    found = value.half()
+    return found if found.isfinite().all() else value
 
 
 def figures(rec: dict[str, Any]) -> dict[str, float]:
@@ -157,9 +192,14 @@ def compare(records: dict[str, dict[str, Any]]) -> str:
     return table(["figure", *columns], cells)
 
 
+def experiments() -> list[str]:
+    """Names of the experiments that have recorded runs."""
+    return sorted({path.parent.parent.name for path in RESULTS.glob("*/[!.]*/metrics.json")})
+
+
 def recorded(experiment: str) -> dict[str, dict[str, Any]]:
     """{name: record} of every run under ``results/<experiment>/``."""
-    return {path.parent.name: load(path.parent) for path in sorted((RESULTS / experiment).glob("*/metrics.json"))}
+    return {path.parent.name: load(path.parent) for path in sorted((RESULTS / experiment).glob("[!.]*/metrics.json"))}
 
 
 def card(records: dict[str, dict[str, Any]]) -> str:
@@ -196,15 +236,24 @@ def spread(values: list[float], digits: int = 1) -> str:
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
+def _is_number(value: Any) -> bool:
+    """A finite one that a float can hold; True is none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and _is_number(value) and value >= 0
+
+
 def _is_metrics(tree: Any) -> bool:
     if isinstance(tree, dict):
         return all(isinstance(key, str) and _is_metrics(value) for key, value in tree.items())
-    return isinstance(tree, int | float) and math.isfinite(tree)
+    return _is_number(tree)
 
 
 def _is_history(rows: Any) -> bool:
     if not isinstance(rows, list) or not all(
-        isinstance(row, dict) and _is_metrics(row) and "step" in row for row in rows
+        isinstance(row, dict) and _is_metrics(row) and _is_count(row.get("step")) for row in rows
     ):
         return False
     steps = [row["step"] for row in rows]
@@ -221,15 +270,15 @@ def _is_text(value: Any) -> bool:
 
 
 SCHEMA: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "experiment": (_is_text, "a name"),
+    "experiment": (lambda v: isinstance(v, str) and bool(re.fullmatch(NAME, v)), "a name"),
     "metrics": (lambda v: isinstance(v, dict) and _is_metrics(v), "finite numbers, in dictionaries by name"),
     "config": (lambda v: isinstance(v, dict) and all(map(_is_text, v)), "a dictionary of parameters"),
-    "seed": (lambda v: isinstance(v, int), "a whole number"),
+    "seed": (lambda v: isinstance(v, int) and _is_number(v), "a whole number"),
     "revision": (_is_text, "a git revision"),
     "versions": (lambda v: isinstance(v, dict) and all(map(_is_text, v.values())), "a version by package"),
     "device": (_is_text, "a device's name"),
-    "wall_time_s": (lambda v: isinstance(v, int | float) and 0 <= v < math.inf, "seconds"),
-    "evaluations": (lambda v: isinstance(v, int) and v >= 0, "a count"),
+    "wall_time_s": (lambda v: _is_number(v) and v >= 0, "seconds"),
+    "evaluations": (_is_count, "a count"),
     "data": (_is_data, "a name and a sha256 of 64 hexadecimal digits"),
     "date": (lambda v: isinstance(v, str) and bool(re.fullmatch(r"\d{4}-\d\d-\d\d", v)), "a date, YYYY-MM-DD"),
     "history": (_is_history, "rows of finite numbers with a step that increases"),

@@ -10,6 +10,7 @@ import datetime
 import fcntl
 import json
 import platform
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -39,33 +40,32 @@ def claim(folder: Path, experiment: str, config: Any, num_processes: int = 1) ->
         CheckpointError: it holds another run; the message names the fields that differ.
     """
     folder = Path(folder)
-    mine = {"experiment": experiment} | dataclasses.asdict(config)
-    before = _read(folder)
-    if before is not None:
-        found = {"experiment": before["experiment"]} | before["config"]
-        checkpoint.must_be_same(mine, found, folder)
-    started = (before or {}).get("started") or datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     note = {
         "experiment": experiment,
         "config": dataclasses.asdict(config),
         "num_processes": num_processes,
         "host": platform.node(),
-        "started": started,
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "error": None,
     }
-    try:
+    with _writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / ".lock").open("w")
-    except OSError as error:
-        raise RunError(f"Nothing can be written in {folder}: {error.strerror}. Choose another folder.") from error
     with lock:
-        if not _lock(lock):
+        if not _take(lock):
             raise RunError(f"{folder} is being trained in by another process: wait for it, or choose another folder.")
-        _write(folder, note)
+        before = _read(folder)  # under the lock: no other process can write it now
+        if before is not None:
+            mine, found = ({"experiment": run["experiment"]} | run["config"] for run in (note, before))
+            checkpoint.must_be_same(mine, found, folder)
+            note["started"] = before.get("started") or note["started"]
+        with _writing(folder):
+            _write(folder, note)
         try:
             yield
         except Exception as error:
-            _write(folder, note | {"error": f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"})
+            with contextlib.suppress(OSError):  # a full disk, say, which may be the error itself
+                _write(folder, note | {"error": f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"})
             raise
 
 
@@ -102,20 +102,39 @@ def listing(root: Path) -> list[dict[str, Any]]:
         try:
             row["experiment"], _ = config_of(folder)
             row["state"] = state(folder)
-            found = checkpoint.paths(folder / "checkpoints")
-            if found:
-                known = checkpoint.summary(found[-1])
-                row |= {"step": known["step"], "steps": known["steps"]}
-                row["row"] = known["history"][-1] if known["history"] else {}
+            row |= _newest(folder)
         except (RunError, checkpoint.CheckpointError) as error:
             row = {"experiment": "?", "state": "damaged"} | row | {"row": {"problem": str(error)}}
         rows.append(row)
     return rows
 
 
-def _lock(file: Any) -> bool:
+def _newest(folder: Path) -> dict[str, Any]:
+    """What the listing shows of a run's newest checkpoint."""
+    found = checkpoint.paths(folder / "checkpoints")
+    if not found:
+        return {}
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        known = checkpoint.summary(found[-1])
+        history = known["history"]
+        return {"step": known["step"], "steps": known["steps"], "row": dict(history[-1]) if history else {}}
+    except checkpoint.CheckpointError:
+        raise
+    except (ValueError, TypeError, LookupError, AttributeError) as error:  # JSON of another kind
+        raise checkpoint.CheckpointError(f"{found[-1]} cannot be read as a checkpoint of a run.") from error
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"Nothing can be written in {folder}: {error.strerror}. Choose another folder.") from error
+
+
+def _lock(file: Any, kind: int) -> bool:
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError:  # a file system without locks: then nobody is kept out
@@ -123,10 +142,19 @@ def _lock(file: Any) -> bool:
     return True
 
 
+def _take(file: Any) -> bool:
+    """Lock for good; ``_is_locked``, elsewhere, may be in the way for a moment."""
+    for _ in range(20):
+        if _lock(file, fcntl.LOCK_EX):
+            return True
+        time.sleep(0.02)
+    return False
+
+
 def _is_locked(folder: Path) -> bool:
     try:
         with (Path(folder) / ".lock").open("r") as file:
-            return not _lock(file)
+            return not _lock(file, fcntl.LOCK_SH)  # shared: two that look do not take each other for a run
     except OSError:
         return False
 

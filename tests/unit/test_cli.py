@@ -3,6 +3,8 @@
 import dataclasses
 import io
 import json
+import shlex
+import signal
 import sys
 import types
 from pathlib import Path
@@ -210,6 +212,13 @@ def test_sigterm_lets_the_run_save_too(predoc):
     assert (run / "weights.safetensors").read_text() == "saved"
 
 
+def test_sigterm_before_there_is_a_kernel_leaves_with_its_own_code():
+    kernel = types.SimpleNamespace(has_kernel=False)
+    with notebooks._interrupts(kernel) as interrupted, pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGTERM)
+    assert interrupted == [signal.SIGTERM]
+
+
 def test_ctrl_c_lets_the_run_save_and_leaves_with_a_clear_line(predoc):
     result = predoc("train", "toy", "-p", "ends=interrupted")
     assert result.exit_code == 130
@@ -337,6 +346,25 @@ def test_a_finished_run_has_nothing_to_resume(predoc, monkeypatch):
     result = predoc("train", "toy", "--resume", "first")
     assert result.exit_code == 0
     assert "is finished: there is nothing to do" in result.output
+    assert not (Path("runs/toy/first") / "toy.ipynb").exists()
+    result = predoc("train", "toy", "--resume", "first", "-p", "steps=8")
+    assert result.exit_code == 2
+    assert "and steps=8 is given" in result.stderr
+
+
+def test_a_finished_run_can_still_be_recorded(predoc, monkeypatch):
+    folder = stopped()
+    monkeypatch.setattr(runs, "state", lambda folder: "finished")
+    monkeypatch.setattr(results, "promote", lambda run, name: f"{run} as {name}")
+    assert f"recorded in {folder} as best" in predoc("train", "toy", "--resume", "first", "--record", "best").output
+
+
+def test_a_preset_is_not_silently_dropped_on_resume(predoc, monkeypatch):
+    folder = stopped()
+    result = predoc("train", "toy", "--resume", "first", "-p", "preset=thesis")
+    assert result.exit_code == 2
+    assert "has parameters of its own, and preset=thesis is given" in result.stderr
+    assert not (folder / "toy.ipynb").exists()
 
 
 def test_the_name_of_a_result_is_checked_before_training(predoc, tmp_path, monkeypatch):
@@ -362,6 +390,48 @@ def test_a_run_is_recorded_when_it_has_ended(predoc, monkeypatch):
     assert len(seen) == 1
 
 
+@dataclasses.dataclass(frozen=True)
+class DeviceConfig(ToyConfig):
+    device: str = option("auto", "where", choices=("auto", "cpu", "cuda"))
+
+
+@pytest.fixture
+def on_devices(predoc, monkeypatch):
+    """The command; the toy has a device, and counts processes."""
+    monkeypatch.setattr(sys.modules["predoc_lib.experiments.toy"], "Config", DeviceConfig)
+    more = "device: str = None  # where\nnum_processes: int = 1  # that train\nends: str"
+    (cli.TRAINING / "toy.md").write_text(TOY.replace("ends: str", more))
+    return predoc
+
+
+def test_device_and_processes_reach_the_notebook(on_devices):
+    for arguments in (("--device", "cpu"), ("--device", "cpu", "-p", "device=cpu")):
+        result = on_devices("train", "toy", "--num-processes", "2", *arguments)
+        assert result.exit_code == 0, result.output
+    for run in Path("runs/toy").iterdir():
+        given = nbformat.read(run / "toy.ipynb", as_version=4).metadata.papermill.parameters
+        assert (given["device"], given["num_processes"]) == ("cpu", 2)
+
+
+def test_two_different_devices_are_refused(on_devices):
+    result = on_devices("train", "toy", "--device", "cuda", "-p", "device=cpu")
+    assert result.exit_code == 2
+    assert "--device cuda and -p device=cpu are both given" in result.stderr
+    result = on_devices("train", "toy", "--device", "gpu")
+    assert result.exit_code == 2
+    assert "'gpu'" in result.stderr
+    assert not Path("runs").exists()
+
+
+def test_a_run_may_go_on_on_another_device(on_devices):
+    with runs.claim(Path("runs/toy/first"), "toy", DeviceConfig(device="cuda")):
+        pass
+    result = on_devices("train", "toy", "--resume", "first", "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    notebook = nbformat.read("runs/toy/first/toy.ipynb", as_version=4)
+    assert notebook.metadata.papermill.parameters["device"] == "cpu"
+
+
 def test_device_is_a_parameter_and_processes_are_counted_from_one(predoc):
     result = predoc("train", "toy", "--device", "cpu")
     assert result.exit_code == 2
@@ -381,6 +451,15 @@ def test_runs_are_listed_with_state_and_the_command_that_goes_on(predoc):
     assert states == {"a": "killed", "b": "failed", "c": "running"}
     assert "predoc train toy --resume runs/toy/a" in output
     assert "--resume runs/toy/c" not in output
+
+
+def test_the_command_that_goes_on_can_be_pasted_whatever_the_folder_is_called(predoc):
+    with runs.claim(Path("my runs/toy/a"), "toy", ToyConfig(steps=7)):
+        pass
+    (line,) = [x for x in predoc("runs", "--folder", "my runs").output.splitlines() if x.startswith("Go on: ")]
+    result = predoc(*shlex.split(line.removeprefix("Go on: predoc ")))
+    assert result.exit_code == 0, result.output
+    assert Path("my runs/toy/a/toy.ipynb").exists()
 
 
 def test_results_are_listed_and_compared(predoc):

@@ -6,6 +6,7 @@ import math
 import pathlib
 
 import pytest
+import safetensors.torch
 import torch
 
 from predoc_lib import results
@@ -96,12 +97,11 @@ def test_recorded_runs_are_found_by_name(tmp_path, monkeypatch):
     assert results.recorded("unheard_of") == {}
 
 
-def test_every_record_in_the_repository_is_whole():
-    folders = [path.parent for path in results.RESULTS.glob("*/*/metrics.json")]
-    for folder in folders:
-        rec = results.load(folder)
-        assert rec["experiment"] == folder.parent.name
-        json.dumps(rec, allow_nan=False)
+@pytest.mark.parametrize("path", sorted(results.RESULTS.glob("*/*/metrics.json")), ids=lambda path: path.parent.name)
+def test_every_record_in_the_repository_is_whole(path):
+    rec = results.load(path.parent)
+    assert rec["experiment"] == path.parent.parent.name
+    json.dumps(rec, allow_nan=False)
 
 
 def test_the_card_shows_how_each_run_was_made():
@@ -128,3 +128,178 @@ def test_the_device_of_a_gpu_run_is_the_gpus_name(monkeypatch):
 def test_wall_time_is_rounded_and_the_date_is_a_date():
     rec = record(wall_time_s=math.pi)
     assert len(rec["date"].split("-")) == 3
+
+
+SHA = "0" * 64
+ROW = {"step": 3, "loss": 1.5}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("experiment", ""),
+        ("experiment", "../elsewhere"),
+        ("metrics", []),
+        ("metrics", {"ode": {"psnr": math.nan}}),
+        ("metrics", {"ode": {"psnr": -math.inf}}),
+        ("metrics", {"ode": {"psnr": "20"}}),
+        ("metrics", {"ode": [1.0]}),
+        ("metrics", {"won": True}),
+        ("metrics", {"count": 10**400}),
+        ("config", None),
+        ("seed", 1.0),
+        ("seed", True),
+        ("revision", ""),
+        ("versions", {"torch": 2}),
+        ("versions", ["torch"]),
+        ("device", None),
+        ("wall_time_s", -1.0),
+        ("wall_time_s", math.inf),
+        ("wall_time_s", "1"),
+        ("evaluations", 1.5),
+        ("evaluations", -1),
+        ("data", {"name": "digits"}),
+        ("data", {"name": "digits", "sha256": SHA[1:]}),
+        ("data", {"name": "", "sha256": SHA}),
+        ("date", "23.11.2026"),
+        ("history", {}),
+        ("history", [[3, 1.5]]),
+        ("history", [{"loss": 1.5}]),
+        ("history", [ROW | {"loss": math.nan}]),
+        ("history", [ROW, ROW]),
+        ("history", [{"step": {}}, {"step": {}}]),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_named_and_neither_saved_nor_loaded(tmp_path, key, value):
+    rec = record(**{key: value})
+    sentence = rf"^[^\n]*: '{key}' must be [^\n]*, got [^\n]*\.$"
+    with pytest.raises(ResultError, match=sentence):
+        results.save(tmp_path, rec)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "metrics.json").write_text(json.dumps(rec))
+    with pytest.raises(ResultError, match=sentence):
+        results.load(tmp_path)
+
+
+# ---------------------------------------------------------------- from runs into results
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """A finished run, and nothing recorded yet."""
+    monkeypatch.setattr(results, "RESULTS", tmp_path / "results")
+    results.save(tmp_path / "run", record())
+    tensors = {"a": torch.tensor([0.1, -2.0]), "n": torch.tensor([70_000])}
+    safetensors.torch.save_file(tensors, tmp_path / "run" / "weights.safetensors")
+    return tmp_path / "run"
+
+
+def everything_in(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_finished_run_is_promoted_with_its_floating_weights_halved(run):
+    target = results.promote(run, "my-best_1.0")
+    assert target == results.RESULTS / "latent_ode" / "my-best_1.0"
+    assert results.load(target) == results.load(run)
+    found = safetensors.torch.load_file(target / "weights.safetensors")
+    assert found["a"].dtype == torch.float16
+    torch.testing.assert_close(found["a"].float(), torch.tensor([0.1, -2.0]), atol=1e-4, rtol=0)
+    assert found["n"].item() == 70_000
+    assert [path.name for path in target.parent.iterdir()] == ["my-best_1.0"]
+
+
+def test_weights_that_half_precision_cannot_hold_keep_theirs(run):
+    tensors = {"small": torch.tensor([1.0]), "large": torch.tensor([1e5])}
+    safetensors.torch.save_file(tensors, run / "weights.safetensors")
+    found = safetensors.torch.load_file(results.promote(run, "best") / "weights.safetensors")
+    assert {key: value.dtype for key, value in found.items()} == {"small": torch.float16, "large": torch.float32}
+    assert found["large"].item() == 1e5
+
+
+def test_weights_may_be_promoted_in_full_or_left_out(run):
+    whole = results.promote(run, "full", half=False)
+    assert (whole / "weights.safetensors").read_bytes() == (run / "weights.safetensors").read_bytes()
+    assert [path.name for path in results.promote(run, "bare", weights=False).iterdir()] == ["metrics.json"]
+
+
+def test_large_weights_are_refused_with_their_size_and_may_be_left_out(run):
+    safetensors.torch.save_file({"a": torch.zeros(1_600_000)}, run / "weights.safetensors")
+    with pytest.raises(ResultError, match=r"would have 3\.2 MB, and what is recorded may have 3: .*weights=False"):
+        results.promote(run, "large")
+    assert not results.RESULTS.exists()
+    assert results.load(results.promote(run, "large", weights=False)) == results.load(run)
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", ".hidden", "-p", "a/b", "../x", "a b", "é", "a\n"])
+def test_a_name_that_a_folder_should_not_have_is_refused(run, name):
+    with pytest.raises(ResultError, match="A result's name may have letters, digits"):
+        results.promote(run, name)
+    assert not results.RESULTS.exists()
+
+
+def test_what_is_recorded_is_never_replaced_but_may_be_recorded_again(run):
+    target = results.promote(run, "best")
+    before = everything_in(results.RESULTS)
+    assert results.promote(run, "best") == target
+    results.save(run, record(seed=8))
+    with pytest.raises(ResultError, match="There is a result 'best' of latent_ode already"):
+        results.promote(run, "best")
+    assert everything_in(results.RESULTS) == before
+
+
+def test_a_run_that_is_not_finished_or_lacks_its_weights_is_refused(run):
+    (run / "weights.safetensors").write_bytes(b"nonsense")
+    with pytest.raises(ResultError, match=r"weights\.safetensors cannot be read"):
+        results.promote(run, "best")
+    (run / "weights.safetensors").unlink()
+    with pytest.raises(ResultError, match=r"weights\.safetensors cannot be read"):
+        results.promote(run, "best")
+    (run / "metrics.json").unlink()
+    with pytest.raises(ResultError, match=r"metrics\.json cannot be read as a recorded run"):
+        results.promote(run, "best")
+    assert not results.RESULTS.exists()
+
+
+def test_a_promotion_that_fails_half_way_leaves_nothing(run, monkeypatch):
+    def half(tensors, path):
+        path.write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", half)
+    with pytest.raises(ResultError, match=r"Nothing can be recorded in .*best: No space left"):
+        results.promote(run, "best")
+    assert everything_in(results.RESULTS) == {}
+
+
+def test_what_a_killed_promotion_left_is_no_result(run):
+    target = results.promote(run, "best")
+    target.rename(target.with_name(".best.123"))
+    assert results.experiments() == []
+    assert results.recorded("latent_ode") == {}
+
+
+def test_experiments_are_those_that_have_results(run):
+    assert results.experiments() == []
+    for name in ("b", "a"):
+        results.promote(run, name)
+    assert results.experiments() == ["latent_ode"]
+
+
+def test_figures_are_named_by_their_path():
+    metrics = {"prediction": {"ode": {"psnr": 20.0, "mse": 0.01}}, "count": 3}
+    assert results.figures(record(metrics=metrics)) == {
+        "prediction.ode.psnr": 20.0,
+        "prediction.ode.mse": 0.01,
+        "count": 3,
+    }
+
+
+def test_records_are_compared_figure_by_figure_and_what_one_lacks_is_a_dash():
+    one, other = record(metrics={"psnr": 20.0, "ode": {"mse": 0.5}}), record(metrics={"psnr": 21.25})
+    assert results.compare({"one": one, "other": other}).splitlines() == [
+        "| figure | one | other |",
+        "| --- | --- | --- |",
+        "| psnr | 20 | 21.25 |",
+        "| ode.mse | 0.5 | – |",
+    ]

@@ -1,14 +1,17 @@
 """Run folders: one process at a time, one run a folder, and a state that no crash can falsify."""
 
 import dataclasses
+import fcntl
 import json
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 
 from predoc_lib import checkpoint, results, runs
@@ -161,3 +164,57 @@ def test_the_parameters_of_a_run_are_read_back(tmp_path):
     assert runs.config_of(tmp_path) == ("toy", dataclasses.asdict(Config(seed=4)))
     with pytest.raises(RunError, match=r"holds no run: there is no run\.json"):
         runs.config_of(Path(tmp_path) / "nowhere")
+
+
+def disk_is_full(folder, note):
+    raise OSError(28, "No space left on device")
+
+
+def test_a_full_disk_is_refused_in_one_sentence_before_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "_write", disk_is_full)
+    with pytest.raises(RunError, match=r"^Nothing can be written in .*: No space left on device\."):  # noqa: SIM117
+        with claim(tmp_path, "toy", Config()):
+            pytest.fail("it was let in")
+
+
+def test_a_disk_that_is_full_later_does_not_hide_what_went_wrong(tmp_path, monkeypatch):
+    def train():
+        monkeypatch.setattr(runs, "_write", disk_is_full)
+        raise RuntimeError("the checkpoint cannot be saved")
+
+    with pytest.raises(RuntimeError, match="the checkpoint cannot be saved"), claim(tmp_path, "toy", Config()):
+        train()
+
+
+def test_one_that_looks_is_not_taken_for_a_run_and_keeps_none_out(tmp_path):
+    with claim(tmp_path, "toy", Config()):
+        pass
+    looking = (tmp_path / ".lock").open("r")
+    fcntl.flock(looking, fcntl.LOCK_SH)
+    assert state(tmp_path) == "killed"
+    threading.Timer(0.1, looking.close).start()
+    with claim(tmp_path, "toy", Config()):
+        assert state(tmp_path) == "running"
+
+
+def test_what_a_run_is_made_of_is_compared_under_its_lock(tmp_path, monkeypatch):
+    read = runs._read
+    held = []
+    monkeypatch.setattr(runs, "_read", lambda folder: held.append(runs._is_locked(folder)) or read(folder))
+    with claim(tmp_path, "toy", Config()):
+        pass
+    assert held == [True]
+
+
+@pytest.mark.parametrize(
+    "content", ["{}", "[]", "3", '{"$items": []}', '{"$items": [["step", 3], ["steps", 4], ["history", [1]]]}']
+)
+def test_a_checkpoint_of_something_else_does_not_end_the_listing(tmp_path, content):
+    with claim(tmp_path / "a", "toy", Config()):
+        pass
+    (tmp_path / "a" / "checkpoints").mkdir()
+    path = tmp_path / "a" / "checkpoints" / "step-00000001.safetensors"
+    safetensors.torch.save_file({}, path, metadata={"state": content})
+    (row,) = runs.listing(tmp_path)
+    assert row["state"] == "killed"
+    assert row["row"] == {"problem": f"{path} cannot be read as a checkpoint of a run."}
