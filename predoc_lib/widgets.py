@@ -24,7 +24,7 @@ PANELS = (
 )
 PANEL = (
     '<div><img class="dark-light" alt="{alt}" src="data:image/webp;base64,{source}" style="display: block; '
-    'width: 100%; image-rendering: pixelated; border: 1px solid #808080">'
+    'width: 100%; image-rendering: {rendering}; border: 1px solid #808080">'
     '<div style="text-align: center">{name}</div></div>'
 )
 PAGE = """<div id="{id}" class="predoc-scrubber" role="group" aria-label="{label}">
@@ -58,9 +58,9 @@ PAGE = """<div id="{id}" class="predoc-scrubber" role="group" aria-label="{label
 class Scrubber:
     """What ``scrubber`` returns; a notebook shows it where it is a cell's value."""
 
-    def __init__(self, frames, t, label, alt, live, start, unit, regions) -> None:
+    def __init__(self, frames, t, label, alt, live, start, unit, regions, width) -> None:
         self.t, self.frames, self.label, self.alt = t, frames, label, alt
-        self.live, self.start, self.unit, self.regions = live, start, unit, regions
+        self.live, self.start, self.unit, self.regions, self.width = live, start, unit, regions, width
         self._number = next(_serial)
 
     def text(self, t: float) -> str:
@@ -117,11 +117,14 @@ class Scrubber:
     def _panels(self, pictures: Mapping[str, np.ndarray], t: float) -> str:
         panels = [
             PANEL.format(
-                alt=html.escape(f"{self.alt[name]}, {self.text(t)}"), source=_webp(picture), name=html.escape(name)
+                alt=html.escape(f"{self.alt[name]}, {self.text(t)}"),
+                source=_webp(picture),
+                name=html.escape(name),
+                rendering="pixelated" if len(picture) < 200 else "auto",  # small pictures show their pixels
             )
             for name, picture in pictures.items()
         ]
-        return PANELS.format(panels="".join(panels), width=14 * len(panels))
+        return PANELS.format(panels="".join(panels), width=self.width * len(panels))
 
     def _repr_mimebundle_(self, include=None, exclude=None) -> dict[str, Any]:
         bundle = {
@@ -144,6 +147,7 @@ def scrubber(
     start: float | int | None = None,
     unit: str = "frame",
     regions: Sequence[tuple[float | int, float | int, str]] = (),
+    width: float | int = 14,
 ) -> Scrubber:
     """Pictures side by side and one slider through time.
 
@@ -158,6 +162,7 @@ def scrubber(
         unit: of t, in the singular.
         regions: (start, end, name) of spans of time, named beside the slider, such as (0, 9, "observed"); the first
             that holds a time names it.
+        width: of a panel, at most, in widths of a letter (rem).
 
     Raises:
         ValueError: no frames, lengths that differ, times that do not increase, values outside the range.
@@ -175,7 +180,7 @@ def scrubber(
             raise ValueError(f"Panel {name!r} has {len(p)} frames, but there are {len(times)} times.")
     first = 0 if start is None else int(np.abs(np.asarray(times) - start).argmin())
     texts = {name: f"{alt}: {name}" if name else alt for name in frames}
-    return Scrubber(pictures, times, label, texts, live, first, unit, regions)
+    return Scrubber(pictures, times, label, texts, live, first, unit, regions, width)
 
 
 def _array(values: Any) -> Any:
