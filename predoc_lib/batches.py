@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -88,8 +89,14 @@ class Share:
             batch_sampler=_Order(self, data, steps),
             num_workers=workers,
             collate_fn=collate,
+            worker_init_fn=_apart,
             generator=torch.Generator().manual_seed(self.seed),  # else it draws from the one that a model may use
         )
+
+
+def _apart(worker: int) -> None:
+    """Ctrl-C, and a SIGTERM to a whole process group, are for the process that trains: it still needs its workers."""
+    os.setpgrp()
 
 
 class _Order(Sampler):

@@ -203,10 +203,12 @@ def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def _pack(tree: Any, tensors: dict[str, Tensor], name: str) -> Any:
     """The tree as JSON can hold it; its tensors go into ``tensors``."""
     if isinstance(tree, Tensor):
+        while name in tensors:  # as of {1: x, "1": y}
+            name += "'"
         tensors[name] = tree.detach().cpu().contiguous()
         return {"$tensor": name}
     if isinstance(tree, dict):
-        return {"$items": [[key, _pack(value, tensors, f"{name}/{key}")] for key, value in tree.items()]}
+        return {"$items": [[_pack(k, tensors, name), _pack(v, tensors, f"{name}/{k}")] for k, v in tree.items()]}
     if isinstance(tree, list | tuple):
         values = [_pack(value, tensors, f"{name}/{i}") for i, value in enumerate(tree)]
         return {"$tuple": values} if isinstance(tree, tuple) else values
@@ -224,7 +226,7 @@ def _unpack(tree: Any, tensors: Mapping[str, Tensor | None]) -> Any:
             return tensors[content]
         if kind == "$tuple":
             return tuple(_unpack(value, tensors) for value in content)
-        return {key: _unpack(value, tensors) for key, value in content}
+        return {_unpack(key, tensors): _unpack(value, tensors) for key, value in content}
     return tree
 
 

@@ -1,6 +1,7 @@
 """Files that appear whole or not at all, and archives and arrays that come from elsewhere."""
 
 import contextlib
+import glob
 import os
 import tarfile
 import zipfile
@@ -21,6 +22,8 @@ def whole(path: Path) -> Iterator[Path]:
     A process that is killed, or a disk that is full, leaves the old file or none, never a part of a new one.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*"):  # of a process that was killed as it wrote
+        left.unlink(missing_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         yield temporary
@@ -40,8 +43,8 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
     try:
         found = np.load(path, allow_pickle=False)
         return {"array": found} if isinstance(found, np.ndarray) else {name: found[name] for name in found.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        why = "it holds Python objects, which are never unpickled" if "pickle" in str(error).lower() else str(error)
+    except Exception as error:  # a damaged file may raise anything
+        why = "it holds Python objects, which are never unpickled" if "pickle" in str(error).lower() else _reason(error)
         raise FileError(f"{path} is refused: {why}. Wanted: an .npz or .npy file of plain numeric arrays.") from error
 
 
@@ -49,7 +52,8 @@ def extract(archive: Path, folder: Path) -> None:
     """Unpack a ``.tar``, ``.tar.gz`` or ``.zip`` into a folder, if all of it stays inside.
 
     Raises:
-        FileError: it cannot be read, or an entry would lie outside the folder (nothing is unpacked then).
+        FileError: it cannot be read, or an entry would lie outside the folder. Nothing is written outside then, nor as
+            a rule inside (an entry that leads outside by way of another entry, a link, shows only as it is unpacked).
     """
     root = folder.resolve()
     try:
@@ -64,7 +68,13 @@ def extract(archive: Path, folder: Path) -> None:
                 for entry in file.getmembers():
                     tarfile.data_filter(entry, str(root))  # raises for every entry that the standard calls unsafe
                 file.extractall(folder, filter="data")
+    except FileError:
+        raise
     except tarfile.FilterError as error:
-        raise FileError(f"{archive} is refused: {error}.") from error
-    except (OSError, tarfile.TarError, zipfile.BadZipFile) as error:
-        raise FileError(f"{archive} cannot be unpacked: {error}.") from error
+        raise FileError(f"{archive} is refused: {_reason(error)}.") from error
+    except Exception as error:  # a damaged file may raise anything
+        raise FileError(f"{archive} cannot be unpacked: {_reason(error)}.") from error
+
+
+def _reason(error: Exception) -> str:
+    return str(error).rstrip(".") or type(error).__name__

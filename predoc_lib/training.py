@@ -132,14 +132,14 @@ def fit(
         project_dir=folder,
     )
     device = accelerator.device if many else device
-    if tensorboard and folder:
-        accelerator.init_trackers("tensorboard")
     steps = count_steps(data, steps, epochs, batch_size)
     share = Share(batch_size, accumulate, accelerator.num_processes, accelerator.process_index, seed)
     if precision not in PRECISIONS:
         raise ValueError(unknown("precision", precision, PRECISIONS))
     saved = _Saved(folder, identity or {})
     found = saved.load()
+    if tensorboard and folder:
+        accelerator.init_trackers("tensorboard")
     if share.rank:
         torch.manual_seed(seed + share.rank)  # else dropout, say, would drop the same units in every process
 
@@ -173,9 +173,12 @@ def fit(
         total=steps, initial=run["step"], desc="training", unit="step",
         disable=(None if progress is None else not progress) if accelerator.is_main_process else True,
     )  # fmt: skip
-    with bar, _stop_requests() as requests, _lower_precision(networks, precision, device.type):
+    loader = share.load(data, range(run["step"] + 1, steps + 1), workers)
+    with (
+        bar, _stop_requests() as requests, _lower_precision(networks, precision, device.type),
+        _name_lost_peers(accelerator, saved), contextlib.closing(_batches(loader, run, saved)) as batches,
+    ):  # fmt: skip
         model.train()
-        batches = _batches(share.load(data, range(run["step"] + 1, steps + 1), workers), run, saved)
         _show(bar, run["history"], show)
         started = time.perf_counter()
         while run["step"] < steps:
@@ -188,7 +191,7 @@ def fit(
                     figures.append(objective(batch, share.rows(step, part, device)))
                     (figures[-1]["loss"] / accumulate).backward()
             norm = nn.utils.clip_grad_norm_(model.parameters(), clip or math.inf)
-            values, stop = _agree(accelerator, figures, norm, requests, saved)
+            values, stop = _agree(accelerator, figures, norm, requests)
             for name in ("loss", "gradient"):
                 if not math.isfinite(values[name]):
                     raise TrainingError(
@@ -221,6 +224,8 @@ def fit(
             if stop:
                 saved.leave(signal.Signals(stop), step, accelerator.is_main_process)
             started = time.perf_counter()
+        if requests:  # after the last step
+            saved.leave(signal.Signals(requests[0]), run["step"], accelerator.is_main_process)
     for tracker in accelerator.trackers:
         tracker.finish()
     if averaged:
@@ -274,8 +279,9 @@ class _Saved:
         if self.folder is None:
             return
         try:
-            checkpoint.save(self.checkpoints, state["step"], state | {"identity": self.identity})
+            # In this order: a run that is killed in between computes both again.
             checkpoint.save_weights(model, self.folder / "weights.safetensors")
+            checkpoint.save(self.checkpoints, state["step"], state | {"identity": self.identity})
         except (OSError, safetensors.SafetensorError) as error:
             raise TrainingError(
                 f"The checkpoint of step {state['step']} cannot be saved in {self.folder}: "
@@ -310,20 +316,13 @@ def _batches(loader: DataLoader, run: dict[str, Any], saved: _Saved) -> Iterator
 
 
 def _agree(
-    accelerator: accelerate.Accelerator, figures: list[dict[str, Any]], norm: Tensor, requests: list[int], saved: _Saved
+    accelerator: accelerate.Accelerator, figures: list[dict[str, Any]], norm: Tensor, requests: list[int]
 ) -> tuple[dict[str, float], int]:
     """Means of the figures over parts and processes, and the signal that one of the processes got, or 0."""
     values = {name: sum(torch.as_tensor(f[name]).detach() for f in figures) / len(figures) for name in figures[0]}
     values |= {"gradient": norm, "signal": torch.tensor(max(requests, default=0))}
     table = torch.stack([torch.as_tensor(v).to(norm.device, torch.float64) for v in values.values()])[None]
-    if accelerator.num_processes > 1:
-        try:
-            table = accelerator.gather(table)
-        except RuntimeError as error:  # gloo and NCCL say it in ways of their own
-            raise TrainingError(
-                f"Another process of this run is gone, so this one stops too. {saved.kept()} "
-                f"({str(error).splitlines()[0]})"
-            ) from error
+    table = accelerator.gather(table)
     stop = int(table[:, -1].max())
     return dict(zip(list(values)[:-1], table[:, :-1].mean(0).tolist(), strict=True)), stop
 
@@ -363,6 +362,22 @@ def _stop_requests() -> Iterator[list[int]]:
         yield requests
     finally:
         restore()
+
+
+@contextlib.contextmanager
+def _name_lost_peers(accelerator: accelerate.Accelerator, saved: _Saved) -> Iterator[None]:
+    """Whatever waits for another process fails when that one is gone; gloo and NCCL say it in ways of their own."""
+    try:
+        yield
+    except TrainingError:
+        raise
+    except RuntimeError as error:
+        lost = isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
+        if accelerator.num_processes == 1 or not lost:
+            raise
+        raise TrainingError(
+            f"Another process of this run is gone, so this one stops too. {saved.kept()} ({str(error).splitlines()[0]})"
+        ) from error
 
 
 @contextlib.contextmanager
