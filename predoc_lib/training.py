@@ -150,6 +150,7 @@ def fit(
     if many:
         objective = accelerator.prepare(objective)
     networks = [model] if networks is None else networks
+    parameters = list(model.parameters())
     if compile:
         for network in networks:
             network.compile()
@@ -190,7 +191,7 @@ def fit(
                 with contextlib.nullcontext() if last else accelerator.no_sync(objective):
                     figures.append(objective(batch, share.rows(step, part, device)))
                     (figures[-1]["loss"] / accumulate).backward()
-            norm = nn.utils.clip_grad_norm_(model.parameters(), clip or math.inf)
+            norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
             values, stop = _agree(accelerator, figures, norm, requests)
             for name in ("loss", "gradient"):
                 if not math.isfinite(values[name]):
@@ -198,6 +199,8 @@ def fit(
                         f"The {name} is {values[name]} at step {step}: training stopped. {saved.kept()} "
                         "Try a smaller learning_rate, or look for bad values in the data."
                     )
+            if clip and values["gradient"] > clip:
+                nn.utils.clip_grads_with_norm_(parameters, clip, norm)
             optimizer.step()
             if schedule is not None:
                 schedule.step()
@@ -319,12 +322,13 @@ def _agree(
     accelerator: accelerate.Accelerator, figures: list[dict[str, Any]], norm: Tensor, requests: list[int]
 ) -> tuple[dict[str, float], int]:
     """Means of the figures over parts and processes, and the signal that one of the processes got, or 0."""
-    values = {name: sum(torch.as_tensor(f[name]).detach() for f in figures) / len(figures) for name in figures[0]}
-    values |= {"gradient": norm, "signal": torch.tensor(max(requests, default=0))}
-    table = torch.stack([torch.as_tensor(v).to(norm.device, torch.float64) for v in values.values()])[None]
-    table = accelerator.gather(table)
-    stop = int(table[:, -1].max())
-    return dict(zip(list(values)[:-1], table[:, :-1].mean(0).tolist(), strict=True)), stop
+    parts = {name: [float(torch.as_tensor(f[name]).detach()) for f in figures] for name in figures[0]}
+    values = {name: sum(part) / len(part) for name, part in parts.items()} | {"gradient": float(norm)}
+    table = [[*values.values(), max(requests, default=0)]]
+    if accelerator.num_processes > 1:
+        table = accelerator.gather(torch.tensor(table, dtype=torch.float64, device=norm.device)).tolist()
+    *columns, signals = zip(*table, strict=True)
+    return {name: sum(c) / len(c) for name, c in zip(values, columns, strict=True)}, int(max(signals))
 
 
 def _evaluated(accelerator: accelerate.Accelerator, model: nn.Module, evaluate: Evaluate | None) -> dict[str, float]:

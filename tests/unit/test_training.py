@@ -101,11 +101,12 @@ def test_the_learning_rate_warms_up_and_decays_to_zero():
     assert lengths[-1] < 1e-4
 
 
-def test_a_long_gradient_is_scaled_to_the_limit_and_a_short_one_is_left():
+def test_a_long_gradient_is_scaled_to_the_limit_a_short_one_is_left_and_the_history_has_its_length():
     for clip, expected in ((0.5, 0.5), (5.0, 2.0), (0.0, 2.0)):
         model = Point(0.0)
         optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-        fit(model, Endless(), lambda m, b, r: 2 * m.x.sum(), optimizer, steps=1, batch_size=1, clip=clip)
+        done = fit(model, Endless(), lambda m, b, r: 2 * m.x.sum(), optimizer, steps=1, batch_size=1, clip=clip)
+        assert done.history[0]["gradient"] == 2.0
         assert model.x.item() == pytest.approx(-expected, rel=1e-5)
 
 
