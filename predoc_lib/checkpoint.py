@@ -11,7 +11,7 @@ import json
 import random
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -92,16 +92,12 @@ def load(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: it is absent, damaged, or not a checkpoint.
     """
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        text = metadata["state"]
-        if metadata["sha256"] != _checksum(text, tensors):
+    with _readable(path), safetensors.safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if metadata["sha256"] != _checksum(metadata["state"], tensors):
             raise CheckpointError(f"{path} is damaged: its content does not have the checksum that it names.")
-        return _unpack(json.loads(text), tensors)
-    except (OSError, safetensors.SafetensorError, KeyError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path} cannot be read as a checkpoint: {error}.") from error
+        return _state(metadata, tensors)
 
 
 def summary(path: Path) -> dict[str, Any]:
@@ -110,11 +106,27 @@ def summary(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: it is absent, damaged, or not a checkpoint.
     """
+    with _readable(path), safetensors.safe_open(path, framework="pt") as file:
+        return _state(file.metadata() or {}, collections.defaultdict(lambda: None))
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            return _unpack(json.loads((file.metadata() or {})["state"]), collections.defaultdict(lambda: None))
-    except (OSError, safetensors.SafetensorError, KeyError, json.JSONDecodeError) as error:
+        yield
+    except CheckpointError:
+        raise
+    except (OSError, safetensors.SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read as a checkpoint: {error}.") from error
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:  # JSON of another kind
+        raise CheckpointError(f"{path} cannot be read as a checkpoint: its header holds no state of a run.") from error
+
+
+def _state(metadata: dict[str, str], tensors: Mapping[str, Tensor | None]) -> dict[str, Any]:
+    found = _unpack(json.loads(metadata["state"]), tensors)
+    if not isinstance(found, dict):
+        raise TypeError(f"a {type(found).__name__}")
+    return found
 
 
 def newest(folder: Path) -> dict[str, Any] | None:

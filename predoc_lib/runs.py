@@ -114,14 +114,12 @@ def _newest(folder: Path) -> dict[str, Any]:
     found = checkpoint.paths(folder / "checkpoints")
     if not found:
         return {}
+    known = checkpoint.summary(found[-1])
     try:
-        known = checkpoint.summary(found[-1])
         history = known["history"]
         return {"step": known["step"], "steps": known["steps"], "row": dict(history[-1]) if history else {}}
-    except checkpoint.CheckpointError:
-        raise
-    except (ValueError, TypeError, LookupError, AttributeError) as error:  # JSON of another kind
-        raise checkpoint.CheckpointError(f"{found[-1]} cannot be read as a checkpoint of a run.") from error
+    except (ValueError, TypeError, LookupError) as error:
+        raise checkpoint.CheckpointError(f"{found[-1]} is a checkpoint without a run's step and history.") from error
 
 
 @contextlib.contextmanager

@@ -55,6 +55,32 @@ def test_tensors_of_every_kind_come_back_bit_by_bit(tmp_path, dtype, shape):
     assert same(checkpoint.load(checkpoint.save(tmp_path, 1, state)), state)
 
 
+@pytest.mark.parametrize(
+    "state",
+    [
+        {1: 0, "1": 1, 1.5: 2},
+        {None: 0, "None": 1, True: 2, "True": 3},
+        {"a/b": 0, "a": {"b": 1, "b'": 2}, "a/b'": 3},
+        {(1, "x"): 0, "(1, 'x')": 1},
+        {"": 0, "/": {"": 1}},
+        {"$tensor": 0, "$tuple": 1, "$items": {"$tensor": 2}},
+    ],
+    ids=str,
+)
+def test_a_tensor_is_found_under_any_key_and_next_to_any_other(tmp_path, state):
+    """Keys that are the same as text, or as a path, still name tensors of their own."""
+
+    def filled(tree):
+        if isinstance(tree, dict):
+            return {key: filled(value) for key, value in tree.items()}
+        return torch.full((tree + 1,), float(tree))
+
+    state = filled(state)
+    found = checkpoint.load(checkpoint.save(tmp_path, 1, {"x": state}))["x"]
+    assert [type(key) for key in found] == [type(key) for key in state]
+    assert same(found, state)
+
+
 def test_a_tensor_that_is_a_view_is_saved_alone(tmp_path):
     x = torch.arange(10_000.0)
     path = checkpoint.save(tmp_path, 1, {"x": x[:3]})
@@ -165,6 +191,28 @@ def test_the_summary_is_the_state_without_its_tensors(tmp_path):
     empty(path)
     with pytest.raises(CheckpointError, match="cannot be read as a checkpoint"):
         checkpoint.summary(path)
+
+
+@pytest.mark.parametrize("read", [checkpoint.load, checkpoint.summary])
+@pytest.mark.parametrize(
+    "content",
+    ["", "{}", "[]", "3", '{"step": 3}', '{"$items": 3}', '{"$items": [1]}', '{"$items": [[[], 1]]}', "[" * 100_000],
+    ids=lambda text: text[:20],
+)
+def test_a_header_that_holds_something_else_is_refused_in_one_sentence(tmp_path, read, content):
+    path = tmp_path / "step-00000001.safetensors"
+    metadata = {"state": content, "sha256": checkpoint._checksum(content, {})}
+    safetensors.torch.save_file({}, path, metadata=metadata)
+    with pytest.raises(CheckpointError) as refused:
+        read(path)
+    assert str(refused.value) == f"{path} cannot be read as a checkpoint: its header holds no state of a run."
+
+
+def test_a_safetensors_file_without_a_header_of_its_own_is_refused(tmp_path):
+    save_weights(nn.Linear(1, 1), tmp_path / "weights.safetensors")
+    for read in (checkpoint.load, checkpoint.summary):
+        with pytest.raises(CheckpointError, match="its header holds no state of a run"):
+            read(tmp_path / "weights.safetensors")
 
 
 def test_other_runs_are_told_by_the_fields_that_differ(tmp_path):

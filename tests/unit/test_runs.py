@@ -206,10 +206,22 @@ def test_what_a_run_is_made_of_is_compared_under_its_lock(tmp_path, monkeypatch)
     assert held == [True]
 
 
+OTHER = "cannot be read as a checkpoint: its header holds no state of a run."
+LACKING = "is a checkpoint without a run's step and history."
+
+
 @pytest.mark.parametrize(
-    "content", ["{}", "[]", "3", '{"$items": []}', '{"$items": [["step", 3], ["steps", 4], ["history", [1]]]}']
+    ("content", "problem"),
+    [
+        ("{}", OTHER),
+        ("[]", OTHER),
+        ("3", OTHER),
+        ('{"$items": []}', LACKING),
+        ('{"$items": [["step", 3], ["steps", 4], ["history", [1]]]}', LACKING),
+        ('{"$items": [["step", 3], ["steps", 4], ["history", 5]]}', LACKING),
+    ],
 )
-def test_a_checkpoint_of_something_else_does_not_end_the_listing(tmp_path, content):
+def test_a_checkpoint_of_something_else_does_not_end_the_listing(tmp_path, content, problem):
     with claim(tmp_path / "a", "toy", Config()):
         pass
     (tmp_path / "a" / "checkpoints").mkdir()
@@ -217,4 +229,4 @@ def test_a_checkpoint_of_something_else_does_not_end_the_listing(tmp_path, conte
     safetensors.torch.save_file({}, path, metadata={"state": content})
     (row,) = runs.listing(tmp_path)
     assert row["state"] == "killed"
-    assert row["row"] == {"problem": f"{path} cannot be read as a checkpoint of a run."}
+    assert row["row"] == {"problem": f"{path} {problem}"}
