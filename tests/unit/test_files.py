@@ -3,8 +3,10 @@
 import contextlib
 import io
 import os
+import re
 import tarfile
 import zipfile
+import zlib
 
 import numpy as np
 import pytest
@@ -43,6 +45,39 @@ def test_what_is_no_array_file_is_refused_by_name(tmp_path, content):
         path.write_bytes(content)
     with pytest.raises(FileError, match=str(path)):
         read_npz(path)
+
+
+@pytest.mark.parametrize("error", [zlib.error, RuntimeError, NotImplementedError, EOFError, KeyError, MemoryError])
+def test_whatever_a_reader_raises_the_file_is_named(tmp_path, monkeypatch, error):
+    def fails(*arguments, **options):
+        raise error("odd bytes")
+
+    np.savez(tmp_path / "a.npz", x=np.ones(2))
+    monkeypatch.setattr(np, "load", fails)
+    with pytest.raises(FileError, match=r"a\.npz is refused: .*odd bytes.*Wanted"):
+        read_npz(tmp_path / "a.npz")
+    for module, name, good in ((zipfile, "ZipFile", "a.npz"), (tarfile, "open", "a.tar")):
+        (tmp_path / "a.tar").write_bytes(b"")
+        monkeypatch.setattr(module, name, fails)
+        with pytest.raises(FileError, match=rf"{re.escape(good)} cannot be unpacked: .*odd bytes"):
+            extract(tmp_path / good, tmp_path / "in")
+    assert not (tmp_path / "in").exists()
+
+
+def test_a_member_that_is_damaged_or_encrypted_is_refused_when_it_is_read(tmp_path):
+    np.savez_compressed(tmp_path / "good.npz", x=np.zeros(10_000))
+    good = (tmp_path / "good.npz").read_bytes()
+    damaged, encrypted = bytearray(good), bytearray(good)
+    damaged[60:80] = b"\xff" * 20  # in the middle of the compressed member
+    for signature, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        encrypted[encrypted.index(signature) + flags] |= 1
+    for content in (damaged, encrypted):
+        path = tmp_path / "a.npz"
+        path.write_bytes(content)
+        with pytest.raises(FileError, match=r"a\.npz is refused"):
+            read_npz(path)
+        with pytest.raises(FileError, match=r"a\.npz cannot be unpacked"):
+            extract(path, tmp_path / "in")
 
 
 def tar(path, name, kind=tarfile.REGTYPE, link=""):
@@ -111,3 +146,15 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path):
         raise RuntimeError
     assert path.read_text() == "one"
     assert [p.name for p in path.parent.iterdir()] == ["file"]
+
+
+def test_what_killed_writes_left_goes_at_the_next_write_and_nothing_else_does(tmp_path):
+    others = [".other.99", "file[1].99", ".file1.99", ".file[1]", "file[2]"]
+    left = [".file[1].99", ".file[1].1234567"]
+    for name in (*others, *left):
+        (tmp_path / name).write_text("half")
+    with whole(tmp_path / "file[1]") as temporary:
+        assert not any((tmp_path / name).exists() for name in left)
+        temporary.write_text("one")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*others, "file[1]"])
+    assert (tmp_path / "file[1]").read_text() == "one"

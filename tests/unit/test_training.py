@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import random
+import signal
 import time
 
 import numpy as np
@@ -459,6 +461,62 @@ def test_only_the_last_two_checkpoints_are_kept_and_they_can_be_read_without_thi
     with safetensors.safe_open(found[-1], framework="pt") as file:
         assert json.loads(file.metadata()["state"])
         assert any(name.startswith("/optimizer/state") for name in file.keys())  # noqa: SIM118
+
+
+@pytest.mark.parametrize("when", ["step", "evaluation", "save"])
+@pytest.mark.parametrize(("number", "left_by"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)])
+def test_a_signal_in_the_last_step_leaves_when_all_of_the_run_is_kept(
+    tmp_path, monkeypatch, capsys, when, number, left_by
+):
+    """Wherever in it: nothing is left to do but to read what is there."""
+    save = checkpoint.save
+
+    def arrives(here, step):
+        if here == when and step == 6:
+            os.kill(os.getpid(), number)
+        return {}
+
+    def loss(model, batch, rows):
+        arrives("step", rows.step)
+        steps.append(rows.step)
+        return quadratic(model, batch, rows)
+
+    def saving(folder, step, state):
+        arrives("save", step)
+        return save(folder, step, state)
+
+    monkeypatch.setattr(checkpoint, "save", saving)
+    steps, evaluate = [], lambda m, mine: arrives("evaluation", len(steps))
+    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    model, again = Point(), Point()
+    with pytest.raises(left_by) as stop:
+        train(model, loss, steps=6, evaluate_every=3, evaluate=evaluate, folder=tmp_path)
+    assert number != signal.SIGTERM or stop.value.code == 143
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert f"Stopped by {number.name} after step 6" in capsys.readouterr().err
+    done = train(again, loss, steps=6, evaluate_every=3, folder=tmp_path)
+    assert steps == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in done.history] == [3, 6]
+    assert torch.equal(again.x, model.x)
+    assert torch.equal(loaded(tmp_path), model.x.detach())
+
+
+def test_a_checkpoint_is_written_after_the_weights_that_it_stands_for(tmp_path, monkeypatch):
+    """Else a run that is killed in between would be taken for finished, with the weights of an earlier step."""
+    save, on_disk = checkpoint.save, []
+
+    def killed(folder, step, state):
+        on_disk.append((loaded(tmp_path), state["average"]["module.x"].clone()))
+        if step == 6:
+            raise Stop
+        return save(folder, step, state)
+
+    monkeypatch.setattr(checkpoint, "save", killed)
+    with pytest.raises(Stop):
+        train(Point(), steps=6, evaluate_every=3, ema=0.5, folder=tmp_path)
+    assert len(on_disk) == 2
+    assert all(torch.equal(weights, wanted) for weights, wanted in on_disk)
+    assert not torch.equal(on_disk[0][0], on_disk[1][0])
 
 
 def test_training_needs_no_main_thread():
