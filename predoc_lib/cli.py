@@ -88,7 +88,7 @@ def list_notebooks() -> None:
 @click.argument("name")
 @click.option("-p", "--parameter", "given", multiple=True, metavar="KEY=VALUE", help="May be given many times.")
 @click.option("--device", help="The same as -p device=...")
-@click.option("--num-processes", default=1, show_default=True, type=click.IntRange(1), help="That share the training.")
+@click.option("--num-processes", type=click.IntRange(1), help="That train together.  [1, or what a resumed run had]")
 @click.option("--resume", metavar="RUN", help="Go on with a stopped run: its folder, or its name under FOLDER/NAME.")
 @click.option("--record", metavar="RESULT", help="Copy what the run found to results/NAME/RESULT.")
 @click.option("--folder", type=click.Path(path_type=Path), default="runs", help="Where runs are kept.  [runs]")
@@ -96,7 +96,7 @@ def train(
     name: str,
     given: tuple[str, ...],
     device: str | None,
-    num_processes: int,
+    num_processes: int | None,
     resume: str | None,
     record: str | None,
     folder: Path,
@@ -124,9 +124,9 @@ def train(
         results.free_name(name, record)
     # Only now, with nothing left to refuse, does anything appear on the disk.
     run = run or _new_folder(folder / name)
-    click.echo(f"{name}: {' '.join(f'{key}={value}' for key, value in parameters.items())} -> {run}", err=True)
     if "num_processes" in _parameters(notebook):
-        parameters["num_processes"] = num_processes
+        parameters["num_processes"] = num_processes or runs.processes_of(run)
+    click.echo(f"{name}: {' '.join(f'{key}={value}' for key, value in parameters.items())} -> {run}", err=True)
     notebooks.execute(notebook, run / f"{name}.ipynb", parameters | {"folder": str(run)})
     metrics = json.loads((run / "metrics.json").read_text())
     click.echo(f"finished in {metrics['wall_time_s']:.0f} s; in {run}: {', '.join(sorted(os.listdir(run)))}")

@@ -91,6 +91,16 @@ def config_of(folder: Path) -> tuple[str, dict[str, Any]]:
     return found["experiment"], found["config"]
 
 
+def processes_of(folder: Path) -> int:
+    """How many processes trained a run together when it was last started; 1 if it was not, or does not say.
+
+    Raises:
+        RunError: its ``run.json`` is damaged.
+    """
+    found = (_read(Path(folder)) or {}).get("num_processes")
+    return found if isinstance(found, int) and found > 0 else 1
+
+
 def listing(root: Path) -> list[dict[str, Any]]:
     """Every run under a folder, by name: {"experiment", "name", "state", "step", "steps", "row", "folder"}.
 

@@ -432,6 +432,22 @@ def test_a_run_may_go_on_on_another_device(on_devices):
     assert notebook.metadata.papermill.parameters["device"] == "cpu"
 
 
+def test_a_run_goes_on_with_as_many_processes_as_it_had_or_with_those_that_are_given(on_devices):
+    folder = Path("runs/toy/first")
+    with runs.claim(folder, "toy", DeviceConfig(), 3):
+        pass
+    for arguments, wanted in (((), 3), (("--num-processes", "1"), 1), (("--num-processes", "2"), 2)):
+        result = on_devices("train", "toy", "--resume", "first", *arguments)
+        assert result.exit_code == 0, result.output
+        assert f"num_processes={wanted}" in result.stderr
+        notebook = nbformat.read(folder / "toy.ipynb", as_version=4)
+        assert notebook.metadata.papermill.parameters["num_processes"] == wanted
+        (folder / "metrics.json").unlink()
+    on_devices("train", "toy", "-p", "steps=7")
+    (new,) = {*Path("runs/toy").iterdir()} - {folder}
+    assert nbformat.read(new / "toy.ipynb", as_version=4).metadata.papermill.parameters["num_processes"] == 1
+
+
 def test_device_is_a_parameter_and_processes_are_counted_from_one(predoc):
     result = predoc("train", "toy", "--device", "cpu")
     assert result.exit_code == 2

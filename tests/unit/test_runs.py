@@ -166,6 +166,17 @@ def test_the_parameters_of_a_run_are_read_back(tmp_path):
         runs.config_of(Path(tmp_path) / "nowhere")
 
 
+def test_the_processes_of_a_run_are_those_of_its_last_start(tmp_path):
+    assert runs.processes_of(tmp_path) == 1
+    for n in (4, 2):
+        with claim(tmp_path, "toy", Config(), n):
+            pass
+        assert runs.processes_of(tmp_path) == n
+    for note in ({}, {"num_processes": "many"}, {"num_processes": 0}):
+        (tmp_path / "run.json").write_text(json.dumps({"experiment": "toy", "config": {}} | note))
+        assert runs.processes_of(tmp_path) == 1
+
+
 def disk_is_full(folder, note):
     raise OSError(28, "No space left on device")
 
