@@ -201,18 +201,11 @@ def card(records: dict[str, dict[str, Any]]) -> str:
     header = ["run", "seed", "device", "minutes", "evaluations", "data (sha256)", "revision", "torch", "date"]
     rows = [
         [
-            name,
-            r["seed"],
-            r["device"],
-            f"{r['wall_time_s'] / 60:.1f}",
-            r["evaluations"],
-            f"{r['data']['name']} ({r['data']['sha256'][:8]})",
-            r["revision"][:8],
-            r["versions"]["torch"],
-            r["date"],
+            name, r["seed"], r["device"], f"{r['wall_time_s'] / 60:.1f}", r["evaluations"],
+            f"{r['data']['name']} ({r['data']['sha256'][:8]})", r["revision"][:8], r["versions"]["torch"], r["date"],
         ]
         for name, r in records.items()
-    ]
+    ]  # fmt: skip
     return table(header, rows)
 
 
@@ -231,15 +224,9 @@ def spread(values: list[float], digits: int = 1) -> str:
 
 
 def _revision() -> str:
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
     try:
-        git = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40"],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        return git.stdout.strip()
+        return subprocess.check_output(command, cwd=ROOT, stderr=subprocess.DEVNULL, text=True).strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 

@@ -2,13 +2,10 @@
 
 import contextlib
 import dataclasses
-import functools
 import importlib.util
 import math
 import os
 import signal
-import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,25 +13,18 @@ from typing import Any
 
 import accelerate
 import accelerate.utils
-import safetensors
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from predoc_lib import checkpoint
 from predoc_lib.batches import Rows, Share, count_steps
+from predoc_lib.interruptions import Saved, TrainingError, loaded, name_lost_peers, stop_requests
 from predoc_lib.naming import unknown
-
-PRECISIONS = ("float32", "bfloat16")
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on: the message says at which step, why, and what was kept."""
-
+from predoc_lib.precision import PRECISIONS, lower_precision
 
 Loss = Callable[[nn.Module, Any, Rows], "Tensor | dict[str, Any]"]
 Evaluate = Callable[[nn.Module, slice], "dict[str, Tensor | float]"]
@@ -136,7 +126,7 @@ def fit(
     share = Share(batch_size, accumulate, accelerator.num_processes, accelerator.process_index, seed)
     if precision not in PRECISIONS:
         raise ValueError(unknown("precision", precision, PRECISIONS))
-    saved = _Saved(folder, identity or {})
+    saved = Saved(folder, identity or {})
     found = saved.load()
     if tensorboard and folder:
         accelerator.init_trackers("tensorboard")
@@ -164,6 +154,45 @@ def fit(
         if share.rank < len(found["random"]):  # else there are more processes than before
             checkpoint.set_random_state(found["random"][share.rank])
 
+    def differentiate(step: int, batches: Iterator[Any]) -> tuple[dict[str, float], int]:
+        """Fill the gradients; the figures of the step, and the signal that one of the processes got, or 0."""
+        figures = []
+        optimizer.zero_grad(set_to_none=True)
+        for part in range(accumulate):
+            batch = accelerate.utils.send_to_device(next(batches), device)
+            last = part + 1 == accumulate
+            with contextlib.nullcontext() if last else accelerator.no_sync(objective):
+                figures.append(objective(batch, share.rows(step, part, device)))
+                (figures[-1]["loss"] / accumulate).backward()
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        values, stop = _agree(accelerator, figures, norm, requests)
+        for name in ("loss", "gradient"):
+            if not math.isfinite(values[name]):
+                raise TrainingError(
+                    f"The {name} is {values[name]} at step {step}: training stopped. {saved.kept()} "
+                    "Try a smaller learning_rate, or look for bad values in the data."
+                )
+        if clip and values["gradient"] > clip:
+            nn.utils.clip_grads_with_norm_(parameters, clip, norm)
+        return values, stop
+
+    def update() -> None:
+        optimizer.step()
+        if schedule is not None:
+            schedule.step()
+        if averaged:
+            averaged.update_parameters(model)
+
+    def note() -> None:
+        """A row of the history: means of the figures since the last one, and an evaluation."""
+        row = {"step": run["step"]} | {name: total / n for name, (total, n) in run["sums"].items()}
+        row["seconds"], run["sums"] = round(run["seconds"], 3), {}
+        row |= _evaluated(accelerator, result, evaluate)
+        model.train()
+        run["history"].append(row)
+        _show(bar, run["history"], show)
+        accelerator.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
+
     def save() -> None:
         randoms = accelerate.utils.gather_object([checkpoint.random_state()])
         if accelerator.is_main_process:
@@ -176,57 +205,29 @@ def fit(
     )  # fmt: skip
     loader = share.load(data, range(run["step"] + 1, steps + 1), workers)
     with (
-        bar, _stop_requests() as requests, _lower_precision(networks, precision, device.type),
-        _name_lost_peers(accelerator, saved), contextlib.closing(_batches(loader, run, saved)) as batches,
+        bar, stop_requests() as requests, lower_precision(networks, precision, device.type),
+        name_lost_peers(share.processes, saved), contextlib.closing(loaded(loader, run, saved)) as batches,
     ):  # fmt: skip
         model.train()
         _show(bar, run["history"], show)
         started = time.perf_counter()
         while run["step"] < steps:
-            step, figures = run["step"] + 1, []
-            optimizer.zero_grad(set_to_none=True)
-            for part in range(accumulate):
-                batch = accelerate.utils.send_to_device(next(batches), device)
-                last = part + 1 == accumulate
-                with contextlib.nullcontext() if last else accelerator.no_sync(objective):
-                    figures.append(objective(batch, share.rows(step, part, device)))
-                    (figures[-1]["loss"] / accumulate).backward()
-            norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-            values, stop = _agree(accelerator, figures, norm, requests)
-            for name in ("loss", "gradient"):
-                if not math.isfinite(values[name]):
-                    raise TrainingError(
-                        f"The {name} is {values[name]} at step {step}: training stopped. {saved.kept()} "
-                        "Try a smaller learning_rate, or look for bad values in the data."
-                    )
-            if clip and values["gradient"] > clip:
-                nn.utils.clip_grads_with_norm_(parameters, clip, norm)
-            optimizer.step()
-            if schedule is not None:
-                schedule.step()
-            if averaged:
-                averaged.update_parameters(model)
-            run["step"] = step
+            values, stop = differentiate(run["step"] + 1, batches)
+            update()
+            run["step"] += 1
             for name, value in values.items():
                 total, n = run["sums"].get(name, (0.0, 0))
                 run["sums"][name] = (total + value, n + 1)
             bar.update()
-            due = step % evaluate_every == 0 or step == steps
-            if not due and not stop:
-                continue
-            run["seconds"] += time.perf_counter() - started
-            if due:
-                row = {"step": step} | {name: total / n for name, (total, n) in run["sums"].items()}
-                row["seconds"], run["sums"] = round(run["seconds"], 3), {}
-                row |= _evaluated(accelerator, result, evaluate)
-                model.train()
-                run["history"].append(row)
-                _show(bar, run["history"], show)
-                accelerator.log({k: v for k, v in row.items() if k != "step"}, step=step)
-            save()
-            if stop:
-                saved.leave(signal.Signals(stop), step, accelerator.is_main_process)
-            started = time.perf_counter()
+            due = run["step"] % evaluate_every == 0 or run["step"] == steps
+            if due or stop:
+                run["seconds"] += time.perf_counter() - started
+                if due:
+                    note()
+                save()
+                if stop:
+                    saved.leave(signal.Signals(stop), run["step"], accelerator.is_main_process)
+                started = time.perf_counter()
         if requests:  # after the last step
             saved.leave(signal.Signals(requests[0]), run["step"], accelerator.is_main_process)
     for tracker in accelerator.trackers:
@@ -254,70 +255,6 @@ class _Objective(nn.Module):
         return found if isinstance(found, dict) else {"loss": found}
 
 
-class _Saved:
-    """The checkpoints and the weights of a run; without a folder nothing is kept."""
-
-    def __init__(self, folder: Path | None, identity: dict[str, Any]) -> None:
-        self.folder, self.identity = folder, identity
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.folder / "checkpoints"
-
-    def load(self) -> dict[str, Any] | None:
-        """The newest checkpoint, if it is of this run."""
-        if self.folder is None:
-            return None
-        try:
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise TrainingError(f"Nothing can be kept in {self.folder}: {error.strerror or error}.") from error
-        found = checkpoint.newest(self.checkpoints)
-        if found is not None:
-            checkpoint.must_be_same(self.identity, found["identity"], self.checkpoints)
-        return found
-
-    def save(self, state: dict[str, Any], model: nn.Module) -> None:
-        """Write a checkpoint and the weights."""
-        if self.folder is None:
-            return
-        try:
-            # In this order: a run that is killed in between computes both again.
-            checkpoint.save_weights(model, self.folder / "weights.safetensors")
-            checkpoint.save(self.checkpoints, state["step"], state | {"identity": self.identity})
-        except (OSError, safetensors.SafetensorError) as error:
-            raise TrainingError(
-                f"The checkpoint of step {state['step']} cannot be saved in {self.folder}: "
-                f"{getattr(error, 'strerror', None) or error}. {self.kept()} Make room, and start the run again."
-            ) from error
-
-    def kept(self) -> str:
-        """A sentence that says what there is."""
-        found = [] if self.folder is None else checkpoint.paths(self.checkpoints)
-        if not found:
-            return "No checkpoint was saved yet."
-        return f"The checkpoint {found[-1]} is kept."
-
-    def leave(self, stop: signal.Signals, step: int, say: bool) -> None:
-        """Say what was saved after SIGINT or SIGTERM, and leave."""
-        if say:
-            kept = "nothing is kept" if self.folder is None else f"start the run in {self.folder} again to go on"
-            print(f"Stopped by {stop.name} after step {step}: {kept}.", file=sys.stderr)
-        if stop == signal.SIGTERM:
-            sys.exit(128 + stop)
-        raise KeyboardInterrupt
-
-
-def _batches(loader: DataLoader, run: dict[str, Any], saved: _Saved) -> Iterator[Any]:
-    try:
-        yield from loader
-    except Exception as error:
-        lines = str(error).strip().splitlines() or [""]
-        raise TrainingError(
-            f"The data of step {run['step'] + 1} cannot be loaded: {type(error).__name__}: {lines[-1]}. {saved.kept()}"
-        ) from error
-
-
 def _agree(
     accelerator: accelerate.Accelerator, figures: list[dict[str, Any]], norm: Tensor, requests: list[int]
 ) -> tuple[dict[str, float], int]:
@@ -343,69 +280,6 @@ def _evaluated(accelerator: accelerate.Accelerator, model: nn.Module, evaluate: 
     values = [torch.as_tensor(value, dtype=torch.float64, device=accelerator.device) for value in found.values()]
     sums = accelerator.reduce(torch.stack([torch.stack([v.sum(), torch.tensor(v.numel()).to(v)]) for v in values]))
     return dict(zip(found, (sums[:, 0] / sums[:, 1]).tolist(), strict=True))
-
-
-@contextlib.contextmanager
-def _stop_requests() -> Iterator[list[int]]:
-    """A list that the first SIGINT or SIGTERM is put into, for the loop to see; a second one acts at once."""
-    requests: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield requests
-        return
-
-    def ask(number: int, frame: Any) -> None:
-        requests.append(number)
-        restore()
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield requests
-    finally:
-        restore()
-
-
-@contextlib.contextmanager
-def _name_lost_peers(accelerator: accelerate.Accelerator, saved: _Saved) -> Iterator[None]:
-    """Whatever waits for another process fails when that one is gone; gloo and NCCL say it in ways of their own."""
-    try:
-        yield
-    except TrainingError:
-        raise
-    except RuntimeError as error:
-        lost = isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
-        if accelerator.num_processes == 1 or not lost:
-            raise
-        raise TrainingError(
-            f"Another process of this run is gone, so this one stops too. {saved.kept()} ({str(error).splitlines()[0]})"
-        ) from error
-
-
-@contextlib.contextmanager
-def _lower_precision(networks: list[nn.Module], precision: str, device: str) -> Iterator[None]:
-    """Run the networks in bfloat16 inside the block; what they return is float32 again."""
-    if precision == "float32":
-        yield
-        return
-
-    def lowered(forward: Callable) -> Callable:
-        @functools.wraps(forward)
-        def call(*args: Any, **options: Any) -> Any:
-            with torch.autocast(device, torch.bfloat16):
-                return accelerate.utils.convert_to_fp32(forward(*args, **options))
-
-        return call
-
-    for network in networks:
-        network.forward = lowered(network.forward)
-    try:
-        yield
-    finally:
-        for network in networks:
-            del network.forward
 
 
 def _show(bar: tqdm, history: list[dict[str, Any]], show: str) -> None:
