@@ -128,10 +128,19 @@ def saving(rounds: int) -> dict:
     return {"seconds": statistics.median(took[1:]), "weights_bytes": weights, "checkpoint_bytes": size}
 
 
+def cores() -> list[int]:
+    """A processor of every core that this process may use: two of one core would share what they compute with."""
+
+    def siblings(processor: int) -> str:
+        path = Path(f"/sys/devices/system/cpu/cpu{processor}/topology/thread_siblings_list")
+        return path.read_text() if path.exists() else str(processor)
+
+    return sorted({siblings(p): p for p in os.sched_getaffinity(0)}.values())
+
+
 def worker(batch_size: int, steps: int) -> None:
     """One process of a run, on a core of its own; the first one prints the samples a second of all."""
-    cores = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, {cores[int(os.environ.get("RANK", 0)) % len(cores)]})
+    os.sched_setaffinity(0, {cores()[int(os.environ.get("RANK", 0))]})
     torch.set_num_threads(1)
     fitted(*prepared(batch_size), batch_size, 3)
     done = fitted(*prepared(batch_size), batch_size, steps)
@@ -153,14 +162,16 @@ def samples_a_second(processes: int, batch_size: int, steps: int) -> float:
 
 def scaling(rounds: int, steps: int, batch_size: int = 32) -> dict:
     """Two processes over one: with the same batch in all (half for each), and with the same batch for each."""
-    rows = {"same batch": [], "same batch a process": []}
-    alone = []
-    for _ in range(rounds):
-        alone.append(samples_a_second(1, batch_size, steps))
-        rows["same batch"].append(samples_a_second(2, batch_size, steps) / alone[-1])
-        rows["same batch a process"].append(samples_a_second(2, 2 * batch_size, steps) / alone[-1])
-    ratios = {name: {"ratio": statistics.median(found), "ratios": found} for name, found in rows.items()}
-    return {"one_process": statistics.median(alone), "batch_size": batch_size, "steps": steps} | ratios
+    ways = {"one": (1, batch_size), "same batch": (2, batch_size), "same batch a process": (2, 2 * batch_size)}
+    speeds = {name: [] for name in ways}
+    for i in range(rounds):
+        for name in list(ways)[:: 1 if i % 2 == 0 else -1]:  # none always goes first
+            speeds[name].append(samples_a_second(*ways[name], steps))
+    alone = speeds.pop("one")
+    ratios = {name: [two / one for two, one in zip(found, alone, strict=True)] for name, found in speeds.items()}
+    return {"one_process": statistics.median(alone), "batch_size": batch_size, "steps": steps} | {
+        name: {"ratio": statistics.median(found), "ratios": found} for name, found in ratios.items()
+    }
 
 
 def main() -> None:
@@ -174,13 +185,12 @@ def main() -> None:
     if a.worker:
         worker(*a.worker)
         return
-    cores = len(os.sched_getaffinity(0))
-    if cores < 2:
+    if len(cores()) < 2:
         sys.exit("The scaling of two processes wants two cores, and there is one.")
     torch.set_num_threads(1)
     record = {
         "device": device_name(CPU),
-        "cores": cores,
+        "cores": len(cores()),
         "load_before": os.getloadavg()[0],
         "versions": {
             "python": platform.python_version(),
@@ -188,7 +198,7 @@ def main() -> None:
             "accelerate": accelerate.__version__,
         },
     }
-    print(f"{record['device']}, {cores} cores, load {record['load_before']:.2f} before")
+    print(f"{record['device']}, {record['cores']} cores, load {record['load_before']:.2f} before")
     record["overhead"] = found = overhead(a.rounds, a.steps)
     print(
         f"overhead: fit takes {found['ratio']:.3f} of a bare loop's time at {1000 * found['seconds_a_step']:.1f} ms a "
@@ -201,7 +211,8 @@ def main() -> None:
     )
     record["scaling"] = found = scaling(max(1, a.rounds // 2), a.steps)
     for name in ("same batch", "same batch a process"):
-        print(f"scaling, {name}: two processes reach {found[name]['ratio']:.2f} times the samples a second of one")
+        ratio, span = found[name]["ratio"], f"{min(found[name]['ratios']):.2f} to {max(found[name]['ratios']):.2f}"
+        print(f"scaling, {name}: two processes reach {ratio:.2f} times the samples a second of one ({span})")
     if a.out:
         with whole(a.out) as temporary:
             temporary.write_text(json.dumps(record, indent=1) + "\n")
