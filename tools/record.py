@@ -1,4 +1,4 @@
-"""Make the recorded runs of the latent ODE: ``python tools/record_latent_ode.py [--jobs 2] [--list] [NAME ...]``.
+"""Make an experiment's recorded runs: ``python tools/record.py EXPERIMENT [--jobs 2] [--list] [NAME ...]``.
 
 A run that is already under results/ is left alone, so the command can be stopped and called again. Weights are kept, in
 half precision, only for the runs that a chapter loads: all of them would not fit into a light clone.
@@ -6,6 +6,7 @@ half precision, only for the runs that a chapter loads: all of them would not fi
 
 import argparse
 import concurrent.futures
+import importlib
 import multiprocessing
 import tempfile
 from pathlib import Path
@@ -13,17 +14,20 @@ from pathlib import Path
 import torch
 
 from predoc_lib import checkpoint, results
-from predoc_lib.experiments import latent_ode
+from predoc_lib.data.densities import DENSITIES
 from predoc_lib.experiments.config import build
+from predoc_lib.experiments.flow2d import OBJECTIVES
 
-RESULTS = results.RESULTS / "latent_ode"
 MNIST = {"dataset": "mnist", "canvas": 64, "width": 192, "content": 48, "steps": 8000}
 RECONSTRUCTION, FIRST, FREE = {"objective": "reconstruction"}, {"t0": "first"}, {"field": "free"}
 PLAIN = {"layout": "plain", "learning_rate": 1e-3}  # at 3e-3 it stays at the mean image
-KEEP = ("digits32-1-stride1-ode-seed0", "digits32-2-stride2-ode-seed0", "mnist64-2-stride2-ode-seed0")
+KEEP = {  # runs whose weights a chapter loads
+    "latent_ode": ("digits32-1-stride1-ode-seed0", "digits32-2-stride2-ode-seed0", "mnist64-2-stride2-ode-seed0"),
+    "flow2d": [f"{density}-{objective}-seed0" for density in DENSITIES for objective in OBJECTIVES],
+}
 
 
-def plan() -> dict[str, dict]:
+def latent_ode() -> dict[str, dict]:
     """{name of the run: its parameters}, the most needed first."""
 
     def all_of(name: str, stride: int, parameters: dict) -> dict[str, dict]:
@@ -52,34 +56,55 @@ def plan() -> dict[str, dict]:
     return runs
 
 
-def make(name: str) -> str:
+def flow2d() -> dict[str, dict]:
+    """The same: three ways of training, on three densities; three seeds of the one that the chapter is about."""
+    steps = {"flow_matching": {}, "likelihood": {"steps": 1200}, "rnode": {"steps": 1200}}
+    return {
+        f"{density}-{objective}-seed{seed}": {"density": density, "objective": objective, "seed": seed}
+        | steps[objective]
+        for seed in (0, 1, 2)
+        for objective in OBJECTIVES
+        for density in DENSITIES
+        if seed == 0 or objective == "flow_matching"
+    }
+
+
+PLANS = {"latent_ode": latent_ode, "flow2d": flow2d}
+
+
+def make(experiment: str, name: str) -> str:
     """Make one run, and say how it went."""
     torch.set_num_threads(1)
-    config = build(latent_ode.Config, "book", **plan()[name])
+    module = importlib.import_module(f"predoc_lib.experiments.{experiment}")
+    config = build(module.Config, "book", **PLANS[experiment]()[name])
     with tempfile.TemporaryDirectory() as folder:
-        record = latent_ode.run(config, Path(folder), progress=False)
-        if name in KEEP:
-            model, _ = latent_ode.load(Path(folder))
-            checkpoint.save_weights(model, RESULTS / name / "weights.safetensors", torch.float16)
-    results.save(RESULTS / name, record)
-    psnr = {span: round(record["metrics"][span][config.dynamics]["psnr"], 2) for span in latent_ode.spans(config)}
-    return f"{name}: {record['wall_time_s']:.0f} s, PSNR {psnr}"
+        record = module.run(config, Path(folder), progress=False)
+        if name in KEEP[experiment]:
+            model, _ = module.load(Path(folder))
+            checkpoint.save_weights(model, results.RESULTS / experiment / name / "weights.safetensors", torch.float16)
+    results.save(results.RESULTS / experiment / name, record)
+    figures = {row: f"{value:.4g}" for row, value in record["history"][-1].items()}
+    return f"{name}: {record['wall_time_s']:.0f} s, {figures}"
 
 
 def main() -> None:
     """Make what is missing."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("experiment", choices=PLANS)
     parser.add_argument("names", nargs="*", help="only these")
     parser.add_argument("--list", action="store_true", help="show the plan and what is there")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     arguments = parser.parse_args()
-    missing = [name for name in arguments.names or plan() if not (RESULTS / name / "metrics.json").exists()]
+    plan, there = PLANS[arguments.experiment](), results.RESULTS / arguments.experiment
+    missing = [name for name in arguments.names or plan if not (there / name / "metrics.json").exists()]
     if arguments.list:
-        print(*(f"{'missing' if name in missing else 'there'}  {name}  {p}" for name, p in plan().items()), sep="\n")
+        print(*(f"{'missing' if name in missing else 'there'}  {name}  {p}" for name, p in plan.items()), sep="\n")
         return
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(arguments.jobs, mp_context=spawn) as pool:
-        for done in concurrent.futures.as_completed([pool.submit(make, name) for name in missing]):
+        for done in concurrent.futures.as_completed(
+            [pool.submit(make, arguments.experiment, name) for name in missing]
+        ):
             print(done.result(), flush=True)
 
 
