@@ -94,7 +94,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", help="only these")
     parser.add_argument("--list", action="store_true", help="show the plan and what is there")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     plan, there = PLANS[arguments.experiment](), results.RESULTS / arguments.experiment
     missing = [name for name in arguments.names or plan if not (there / name / "metrics.json").exists()]
     if arguments.list:
