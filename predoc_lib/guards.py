@@ -14,6 +14,10 @@ GROWS = (
     "The solution grows without bound, f is not finite there, or a fixed step is too long for a stiff f. Try a shorter "
     "time span, shorter steps, smaller weights or learning rate, or a bounded f."
 )
+STIFF = (
+    "f is stiff: it could change x much faster than x moves, and the steps that this asks for are lost to rounding. Try "
+    "smaller weights, another unit of time, or an implicit solver such as SciPy's Radau."
+)
 JUMPS = (
     "No step is short enough: f seems to jump, or to draw noise anew at every call. Try looser tolerances, a smoother "
     "f, or noise drawn once before the solve."
@@ -80,7 +84,7 @@ class Counted:
         if self.limit is not None and self.evaluations >= self.limit:
             cause = TAKES_LONG
         else:
-            cause = JUMPS if x < 1e6 and dx < 1e6 else GROWS
+            cause = GROWS if not (x < 1e6 and math.isfinite(dx)) else STIFF if dx > 1e6 else JUMPS
         return SolverError(
             f"The solver {self.method} stopped near t = {t:.4g} after {self.evaluations} evaluations of f: "
             f"{reason} (last step {abs(step):.3g}, |x| up to {x:.3g}, |f| up to {dx:.3g}). {cause}"

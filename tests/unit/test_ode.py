@@ -269,3 +269,9 @@ def test_an_integer_initial_value_is_refused():
 def test_a_field_of_another_shape_is_refused(method):
     with pytest.raises(ValueError, match=r"f must return the shape of x, \[2, 3\], got \[2, 1\]"):
         NeuralODE(lambda t, x: x[:, :1], method=method)(X0, TIMES)
+
+
+def test_a_field_that_is_too_stiff_to_step_says_so():
+    ode = NeuralODE(lambda t, x: -1e18 * (x - torch.cos(t)))
+    with pytest.raises(SolverError, match=r"underflowed .* f is stiff: .*Radau\.$"):
+        ode(torch.ones(1, dtype=torch.float64), torch.tensor([1.0, 3.0], dtype=torch.float64))
