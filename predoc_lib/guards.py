@@ -15,8 +15,8 @@ GROWS = (
     "time span, shorter steps, smaller weights or learning rate, or a bounded f."
 )
 STIFF = (
-    "f is stiff: it could change x much faster than x moves, and the steps that this asks for are lost to rounding. Try "
-    "smaller weights, another unit of time, or an implicit solver such as SciPy's Radau."
+    "f is stiff: it could change x much faster than x moves, and the steps that this asks for are lost to rounding. "
+    "Try smaller weights, another unit of time, or an implicit solver such as SciPy's Radau."
 )
 JUMPS = (
     "No step is short enough: f seems to jump, or to draw noise anew at every call. Try looser tolerances, a smoother "
