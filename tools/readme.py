@@ -14,7 +14,7 @@ BLOCK = re.compile(r"(<!-- from results, by tools/readme.py -->\n).*?(<!-- end -
 COMMANDS = {  # what, command, the recorded run that tells what to expect
     "One training notebook, by hand": ("predoc train latent_ode -p preset=book", "digits32-1-stride1-ode-seed0"),
     "On real data": (
-        "predoc train latent_ode -p dataset=mnist -p canvas=64 -p width=192 -p content=48",
+        "predoc train latent_ode -p dataset=mnist -p canvas=64 -p width=192 -p content=48 -p steps=4000",
         "mnist64-1-stride1-ode-seed0",
     ),
     "On a GPU, at the report's size": ("predoc train latent_ode -p preset=thesis -p device=cuda", "mnist64-thesis"),
