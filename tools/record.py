@@ -59,7 +59,7 @@ def latent_ode() -> dict[str, dict]:
 
 def flow2d() -> dict[str, dict]:
     """The same: three ways of training, on three densities; three seeds of the one that the chapter is about."""
-    few = {"steps": 2000, "batch_size": 128, "ema": 0.99}  # 512 points a step, as flow matching has, learn slower
+    few = {"steps": 1000, "batch_size": 128, "ema": 0.99}  # 512 points a step, as flow matching has, learn slower
     own = {"flow_matching": {}, "likelihood": few, "rnode": few}
     return {
         f"{density}-{objective}-seed{seed}": {"density": density, "objective": objective, "seed": seed} | own[objective]
