@@ -1,0 +1,114 @@
+"""Vector fields f(t, x, cond) on images, convolutional, with knowledge of the time and of the coarser image."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+FREQUENCIES = 8
+
+
+class Clock(nn.Module):
+    """Features [B or 1, width] of a time t, 0-d or [B]: waves in t, and in log t, as near the data little time is much."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4 * FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
+        self.register_buffer("frequency", math.pi * torch.arange(1, FREQUENCIES + 1) / 2, persistent=False)
+
+    def forward(self, t: Tensor) -> Float[Tensor, "B width"]:
+        """The features."""
+        late = (t**2 + 1e-4).log() / math.log(1e4) + 1  # 0 at t = 0; smooth, for solvers overshoot
+        phase = torch.stack([t.reshape(-1), late.reshape(-1)], 1)[..., None] * self.frequency
+        return self.net(torch.cat([phase.sin(), phase.cos()], -1).flatten(1))
+
+
+class Block(nn.Module):
+    """A residual block: two 3 x 3 convolutions, scaled and shifted between them by the clock."""
+
+    def __init__(self, width: int, time: int) -> None:
+        super().__init__()
+        self.first, self.second = (nn.Conv2d(width, width, 3, padding=1) for _ in range(2))
+        self.film = nn.Linear(time, 2 * width)
+        nn.init.zeros_(self.second.weight)
+        nn.init.zeros_(self.second.bias)
+
+    def forward(self, h: Tensor, clock: Tensor) -> Tensor:
+        """The shape of h."""
+        scale, shift = self.film(clock)[..., None, None].chunk(2, 1)
+        inner = self.first(nn.functional.silu(h)) * (1 + scale) + shift
+        return h + self.second(nn.functional.silu(inner))
+
+
+class ConvNet(nn.Module):
+    """``depth`` residual blocks at one resolution."""
+
+    def __init__(self, channels: int, cond: int, width: int, depth: int) -> None:
+        super().__init__()
+        self.clock = Clock(width)
+        self.enter = nn.Conv2d(channels + cond, width, 3, padding=1)
+        self.blocks = nn.ModuleList([Block(width, width) for _ in range(depth)])
+        self.leave = _zero(nn.Conv2d(width, channels, 3, padding=1))
+
+    def forward(self, t: Tensor, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B D H W"]:
+        """x is the state and, if there is one, the condition; the result has the state's shape."""
+        clock, h = self.clock(t), self.enter(x)
+        for block in self.blocks:
+            h = block(h, clock)
+        return self.leave(nn.functional.silu(h))
+
+
+class UNet(nn.Module):
+    """``depth`` residual blocks at half the resolution, between one before and one after at the full: sides are even."""
+
+    def __init__(self, channels: int, cond: int, width: int, depth: int) -> None:
+        super().__init__()
+        inner = 2 * width
+        self.clock = Clock(width)
+        self.enter, self.before = nn.Conv2d(channels + cond, width, 3, padding=1), Block(width, width)
+        self.down = nn.Conv2d(width, inner, 2, 2)
+        self.blocks = nn.ModuleList([Block(inner, width) for _ in range(depth)])
+        self.up = nn.ConvTranspose2d(inner, width, 2, 2)
+        self.after = Block(width, width)
+        self.leave = _zero(nn.Conv2d(width, channels, 3, padding=1))
+
+    def forward(self, t: Tensor, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B D H W"]:
+        """As ``ConvNet``."""
+        clock = self.clock(t)
+        full = self.before(self.enter(x), clock)
+        h = self.down(full)
+        for block in self.blocks:
+            h = block(h, clock)
+        return self.leave(nn.functional.silu(self.after(full + self.up(h), clock)))
+
+
+class Field(nn.Module):
+    """f(t, x, cond): the straight-line velocity that is right for x ~ N(0, I), corrected by a network.
+
+    Between data x and noise, x_t = (1 - t) x + t noise has for x ~ N(0, I) the variance s^2 = (1 - t)^2 + t^2 and the
+    mean velocity (2t - 1) / s^2 x_t, about which the velocity varies by 1 / s. The network sees x_t / s and what it
+    says is multiplied by 1 / s: all it is asked has unit scale, and an untrained flow is the identity.
+    """
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, t: Tensor, x: Float[Tensor, "B C H W"], cond: Tensor | None = None) -> Float[Tensor, "B C H W"]:
+        """dx/dt; t is 0-d or [B]."""
+        time = t.view(-1, 1, 1, 1)
+        variance = (1 - time) ** 2 + time**2
+        seen = x / variance.sqrt()
+        seen = seen if cond is None else torch.cat([seen, cond], 1)
+        return (2 * time - 1) / variance * x + self.net(t, seen) / variance.sqrt()
+
+
+KINDS: dict[str, Callable[..., nn.Module]] = {"conv": ConvNet, "unet": UNet}
+
+
+def _zero(layer: nn.Module) -> nn.Module:
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
