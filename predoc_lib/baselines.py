@@ -1,7 +1,11 @@
-"""What the models are compared with: trivial predictions of video, and a recurrent network in place of the ODE."""
+"""What the models are compared with: trivial predictions of video, a recurrent network in place of the ODE, and a
+closed-form density of images.
+"""
+
+import math
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from predoc_lib.latent_ode import LatentODE
@@ -78,3 +82,62 @@ class LatentGRU(LatentODE):
             s = s + change(h)
             states.append(s.view_as(s0))
         return states
+
+
+class GaussianScaleMixture:
+    """A density of images that is hard to beat: p(z) = sum over k of w_k N(z; mean, s_k C), one covariance for all.
+
+    Smooth and rough places differ in contrast s_k, not in the shape of their covariance. Float64 throughout.
+
+    Args:
+        components: K, the number of contrasts.
+    """
+
+    def __init__(self, components: int = 8) -> None:
+        self.log_weights = torch.full((components,), -math.log(components), dtype=torch.float64)
+        self.scales = torch.logspace(-2, 1, components, dtype=torch.float64)
+        self.mean = self.factor = None
+
+    def fit(
+        self, images: UInt8[Tensor, "N C H W"], iterations: int = 10, generator: torch.Generator | None = None
+    ) -> "GaussianScaleMixture":
+        """Maximum likelihood by expectation maximization on dequantized images; returns itself.
+
+        Raises:
+            ValueError: there are not more images than numbers in one: the covariance would be singular.
+        """
+        z = self._dequantize(images, generator)
+        n, d = z.shape
+        if n <= d:
+            raise ValueError(f"A covariance of {d} numbers needs more images than that, got {n}.")
+        self.mean = z.mean(0)
+        z = z - self.mean
+        self.factor = torch.linalg.cholesky(z.T @ z / n)
+        for _ in range(iterations):
+            square = self._squares(z)
+            share = self._joint(square).softmax(1)  # of every component in every image
+            self.log_weights = share.mean(0).clamp(min=1e-12).log()
+            self.scales = (share * square[:, None]).sum(0).clamp(min=1e-12) / (d * share.sum(0)).clamp(min=1e-12)
+            weighted = z * (share / self.scales).sum(1, keepdim=True)
+            self.factor = torch.linalg.cholesky(weighted.T @ z / n)
+        return self
+
+    def bits_per_dim(
+        self, images: UInt8[Tensor, "B C H W"], generator: torch.Generator | None = None
+    ) -> Float[Tensor, " B"]:
+        """-log2 p over the numbers in an image, of one draw of uniform dequantization noise: an upper bound."""
+        z = self._dequantize(images, generator) - self.mean
+        nats = self._joint(self._squares(z)).logsumexp(1) - 0.5 * z.shape[1] * math.log(2 * math.pi)
+        return -(nats - self.factor.diagonal().log().sum()) / (z.shape[1] * math.log(2))
+
+    def _dequantize(self, images: Tensor, generator: torch.Generator | None) -> Float[Tensor, "N D"]:
+        z = images.flatten(1).double()
+        return z + torch.rand(z.shape, generator=generator, dtype=z.dtype, device=z.device)
+
+    def _squares(self, z: Float[Tensor, "N D"]) -> Float[Tensor, " N"]:
+        """z^T C^-1 z."""
+        return torch.linalg.solve_triangular(self.factor, z.T, upper=False).square().sum(0)
+
+    def _joint(self, square: Float[Tensor, " N"]) -> Float[Tensor, "N K"]:
+        """log of w_k N(z; s_k C) without what all components share."""
+        return self.log_weights - 0.5 * (square[:, None] / self.scales + self.factor.shape[0] * self.scales.log())

@@ -32,9 +32,12 @@ class DataSet:
     files: Mapping[str, tuple[int, str]] = dataclasses.field(default_factory=dict)
     """Path below ``root()`` -> (bytes, sha256)."""
     download: Callable[[Path], object] | None = None
-    """Puts the files below the folder it is given, in any order: ``fetch`` moves them in when all are verified."""
+    """Puts the files below the folder it is given, in any order: ``fetch`` moves them in when all are verified. None:
+    they can only be put there by hand."""
     instead: str = ""
     """The embedded data set to use where this one is absent."""
+    where: str = ""
+    """The library that an embedded data set comes with."""
 
 
 def _digits() -> bytes:
@@ -44,14 +47,28 @@ def _digits() -> bytes:
     return images.astype("uint8").tobytes() + labels.astype("uint8").tobytes()
 
 
+def _photos() -> bytes:
+    from predoc_lib.data.photos import content  # a module that imports this one
+
+    return content()
+
+
 def _download_mnist(folder: Path) -> None:
     import torchvision
 
     torchvision.datasets.MNIST(folder, download=True)
 
 
+def _download_cifar10(folder: Path) -> None:
+    import torchvision
+
+    torchvision.datasets.CIFAR10(folder, download=True)
+
+
 DATASETS: dict[str, DataSet] = {
-    "digits": DataSet("1,797 handwritten digits, 8 x 8 (scikit-learn's load_digits)", "CC BY 4.0", _digits),
+    "digits": DataSet(
+        "1,797 handwritten digits, 8 x 8 (scikit-learn's load_digits)", "CC BY 4.0", _digits, where="scikit-learn"
+    ),
     "mnist": DataSet(
         "MNIST, 70,000 handwritten digits, 28 x 28",
         "CC BY-SA 3.0",
@@ -76,6 +93,39 @@ DATASETS: dict[str, DataSet] = {
         download=_download_mnist,
         instead="digits",
     ),
+    "photos": DataSet(
+        "7 photographs that come with scikit-image and scikit-learn",
+        "public domain, CC0, CC BY 2.0; motorcycle: Middlebury Stereo 2014",
+        _photos,
+        where="scikit-image, scikit-learn",
+    ),
+    "cifar10": DataSet(
+        "CIFAR-10, 60,000 colour images, 32 x 32",
+        "not stated",
+        files={
+            "cifar-10-python.tar.gz": (
+                170_498_071,
+                "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce",
+            ),
+        },
+        download=_download_cifar10,
+        instead="photos",
+    ),
+    "cifar10_subset": DataSet(
+        "35,000 of CIFAR-10's images, with a split of its own",
+        "not stated",
+        files={
+            "cifar10/cifar10_train_30000.npz": (
+                84_781_400,
+                "92c69f5047d8ed4e879c3d0c5a4381e7340f13956d61d588e364b5529a87fd74",
+            ),
+            "cifar10/cifar10_val_5000.npz": (
+                14_137_556,
+                "61399ef7e1372f949c18f4397e2423854d16a1c5fc42a0c32aec130bfe195b6d",
+            ),
+        },
+        instead="photos",
+    ),
 }
 
 
@@ -96,7 +146,8 @@ def require(name: str) -> Path:
         raise DataError(
             f"{name} ({entry.what}) is not there: {folder / missing[0]}"
             f"{f' and {len(missing) - 1} more' if missing[1:] else ''} not found. "
-            f"Fetch it with `predoc data {name}`, or name the folder that has {missing[0]} in PREDOC_DATA, "
+            f"{f'Fetch it with `predoc data {name}`, or name' if entry.download else 'Name'} "
+            f"the folder that has {missing[0]} in PREDOC_DATA, "
             f"or use the embedded {entry.instead!r} instead."
         )
     _verify(name, entry, folder)
@@ -112,6 +163,8 @@ def fetch(name: str) -> Path:
     entry, folder = _entry(name), root()
     with contextlib.suppress(DataError):
         return require(name)
+    if entry.download is None:
+        return require(name)  # which says what to do
     try:
         folder.mkdir(parents=True, exist_ok=True)
         # Beside its destination, so that the last step is a rename: no half-written file ever has the right name.
@@ -148,7 +201,7 @@ def status() -> list[dict[str, str]]:
     for name, entry in DATASETS.items():
         problem = ""
         if entry.content:
-            state, size, where = "embedded", len(entry.content()), "scikit-learn"
+            state, size, where = "embedded", len(entry.content()), entry.where
         else:
             state, size = "present, verified", sum(size for size, _ in entry.files.values())
             where = os.path.commonpath(entry.files)
@@ -185,7 +238,8 @@ def _verify(name: str, entry: DataSet, folder: Path) -> None:
             wrong = error.strerror
         if wrong:
             raise DataError(
-                f"{path} is damaged and was not used: {wrong}. Fetch {name} again with `predoc data {name}`, "
+                f"{path} is damaged and was not used: {wrong}. "
+                f"{f'Fetch {name} again with `predoc data {name}`' if entry.download else 'Copy it again'}, "
                 f"or use the embedded {entry.instead!r} instead."
             )
 

@@ -8,10 +8,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 FREQUENCIES = 8
+SMALL = 0.03  # of a band's standard deviation: about as large as dequantization noise
 
 
 class Clock(nn.Module):
-    """Features [B or 1, width] of a time t, 0-d or [B]: waves in t, and in log t, as near the data little time is much."""
+    """Features [B or 1, width] of a time t, 0-d or [B]: waves in t and, near the data, in log t."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -45,15 +46,15 @@ class Block(nn.Module):
 class ConvNet(nn.Module):
     """``depth`` residual blocks at one resolution."""
 
-    def __init__(self, channels: int, cond: int, width: int, depth: int) -> None:
+    def __init__(self, channels: int, out: int, width: int, depth: int) -> None:
         super().__init__()
         self.clock = Clock(width)
-        self.enter = nn.Conv2d(channels + cond, width, 3, padding=1)
+        self.enter = nn.Conv2d(channels, width, 3, padding=1)
         self.blocks = nn.ModuleList([Block(width, width) for _ in range(depth)])
-        self.leave = _zero(nn.Conv2d(width, channels, 3, padding=1))
+        self.leave = _zero(nn.Conv2d(width, out, 3, padding=1))
 
     def forward(self, t: Tensor, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B D H W"]:
-        """x is the state and, if there is one, the condition; the result has the state's shape."""
+        """t is 0-d or [B]."""
         clock, h = self.clock(t), self.enter(x)
         for block in self.blocks:
             h = block(h, clock)
@@ -61,18 +62,18 @@ class ConvNet(nn.Module):
 
 
 class UNet(nn.Module):
-    """``depth`` residual blocks at half the resolution, between one before and one after at the full: sides are even."""
+    """``depth`` residual blocks at half the resolution, one before and one after them at the full: sides are even."""
 
-    def __init__(self, channels: int, cond: int, width: int, depth: int) -> None:
+    def __init__(self, channels: int, out: int, width: int, depth: int) -> None:
         super().__init__()
         inner = 2 * width
         self.clock = Clock(width)
-        self.enter, self.before = nn.Conv2d(channels + cond, width, 3, padding=1), Block(width, width)
+        self.enter, self.before = nn.Conv2d(channels, width, 3, padding=1), Block(width, width)
         self.down = nn.Conv2d(width, inner, 2, 2)
         self.blocks = nn.ModuleList([Block(inner, width) for _ in range(depth)])
         self.up = nn.ConvTranspose2d(inner, width, 2, 2)
         self.after = Block(width, width)
-        self.leave = _zero(nn.Conv2d(width, channels, 3, padding=1))
+        self.leave = _zero(nn.Conv2d(width, out, 3, padding=1))
 
     def forward(self, t: Tensor, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B D H W"]:
         """As ``ConvNet``."""
@@ -90,19 +91,32 @@ class Field(nn.Module):
     Between data x and noise, x_t = (1 - t) x + t noise has for x ~ N(0, I) the variance s^2 = (1 - t)^2 + t^2 and the
     mean velocity (2t - 1) / s^2 x_t, about which the velocity varies by 1 / s. The network sees x_t / s and what it
     says is multiplied by 1 / s: all it is asked has unit scale, and an untrained flow is the identity.
+
+    Smooth places of an image have details a hundred times smaller than rough ones. So the network also sees x_t in
+    units of the noise in it, and of the condition what differs from the mean around it, as asinh of both: linear where
+    small, logarithmic where large.
+
+    Args:
+        kind: one of ``KINDS``.
+        channels: of x.
+        cond: of the condition; 0: there is none.
+        width: of the network's hidden layers.
+        depth: residual blocks.
     """
 
-    def __init__(self, net: nn.Module) -> None:
+    def __init__(self, kind: str, channels: int, cond: int, width: int, depth: int) -> None:
         super().__init__()
-        self.net = net
+        self.net = KINDS[kind](2 * (channels + cond), channels, width, depth)
 
     def forward(self, t: Tensor, x: Float[Tensor, "B C H W"], cond: Tensor | None = None) -> Float[Tensor, "B C H W"]:
         """dx/dt; t is 0-d or [B]."""
         time = t.view(-1, 1, 1, 1)
-        variance = (1 - time) ** 2 + time**2
-        seen = x / variance.sqrt()
-        seen = seen if cond is None else torch.cat([seen, cond], 1)
-        return (2 * time - 1) / variance * x + self.net(t, seen) / variance.sqrt()
+        s = ((1 - time) ** 2 + time**2).sqrt()
+        seen = [x / s, (x / (time**2 + SMALL**2).sqrt()).asinh()]
+        if cond is not None:
+            around = nn.functional.avg_pool2d(cond, 3, 1, 1, count_include_pad=False)
+            seen += [cond, ((cond - around) / SMALL).asinh()]
+        return (2 * time - 1) / s**2 * x + self.net(t, torch.cat(seen, 1)) / s
 
 
 KINDS: dict[str, Callable[..., nn.Module]] = {"conv": ConvNet, "unet": UNet}

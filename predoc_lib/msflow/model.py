@@ -86,7 +86,7 @@ class MSFlow(nn.Module):
         for s, shape in enumerate(self.reading.shapes):
             cond = channels if s else 0
             if isinstance(field, str):
-                f = Field(KINDS[field](shape[0], cond, width, depth))
+                f = Field(field, shape[0], cond, width, depth)
             else:
                 f = field(shape[0], cond, shape[1])
             self.flows.append(CNF(f, shape, **options))
@@ -101,7 +101,7 @@ class MSFlow(nn.Module):
 
     @contextlib.contextmanager
     def solving(self, *, exact: bool | None = None, **solver: Any) -> Iterator[None]:
-        """Inside the block all scales are solved with other options: exact divergence, rtol, atol, method, step_size."""
+        """Inside the block all scales are solved with other options: exact, rtol, atol, method, step_size."""
         before = [(flow.solver, flow.exact) for flow in self.flows]
         for flow in self.flows:
             flow.solver, flow.exact = flow.solver | solver, flow.exact if exact is None else exact
@@ -199,7 +199,8 @@ class MSFlow(nn.Module):
             flow, (x, cond, log_det) = self.flows[s], encoded[s]
             share = x[0].numel() / images[0].numel()
             if objective == "flow_matching":
-                eps, t = noise.randn(*x.shape[1:]).to(x), noise.rand().to(x)
+                # Squared: most of the density's detail is made near the data, at small t.
+                eps, t = noise.randn(*x.shape[1:]).to(x), noise.rand().to(x).square()
                 part = flow.flow_matching_loss(x, cond, eps, t) * share
             else:
                 found = flow.loss(x, cond)
@@ -272,7 +273,8 @@ class MSFlow(nn.Module):
             raise ValueError(f"images must be {shapes}, B at least 1, got {list(images.shape)}.")
         if images.dtype != torch.uint8:
             raise ValueError(
-                f"images must be uint8 levels, got {images.dtype}: for floats in [0, 1], see predoc_lib.msflow.quantize."
+                f"images must be uint8 levels, got {images.dtype}: predoc_lib.msflow.quantize makes them of floats in "
+                "[0, 1]."
             )
         if int(images.max()) >= 2**self.bits:
             raise ValueError(

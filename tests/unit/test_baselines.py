@@ -1,9 +1,11 @@
-"""Trivial predictions by hand, and the GRU that stands in for the ODE."""
+"""Trivial predictions by hand, the GRU that stands in for the ODE, and a mixture against densities that are known."""
+
+import math
 
 import pytest
 import torch
 
-from predoc_lib.baselines import LatentGRU, copy_last, cross_fade, mean_image
+from predoc_lib.baselines import GaussianScaleMixture, LatentGRU, copy_last, cross_fade, mean_image
 from predoc_lib.experiments.latent_ode import Config, build_model
 from predoc_lib.latent_ode import LatentODE
 
@@ -118,3 +120,51 @@ def test_gru_and_ode_have_as_many_parameters_within_a_tenth(change):
         for dynamics in ("ode", "gru")
     )
     assert gru == pytest.approx(ode, rel=0.1)
+
+
+def drawn(n, scales, channels=1):
+    """Images of 4 x 4 pixels, correlated, of several contrasts with equal chance; and their density's bits/dim."""
+    d = 16 * channels
+    factor = torch.linalg.cholesky(0.9 * torch.ones(d, d, dtype=torch.float64) + 0.1 * torch.eye(d)) * 16
+    s = torch.tensor(scales, dtype=torch.float64)
+    x = torch.randn(n, d, dtype=torch.float64) @ factor.T * s[torch.randint(len(s), (n, 1))].sqrt()
+    square = torch.linalg.solve_triangular(factor, x.T, upper=False).square().sum(0)
+    nats = (-0.5 * (square[:, None] / s + d * (2 * math.pi * s).log())).logsumexp(1) - math.log(len(s))
+    bits = -(nats - factor.diagonal().log().sum()) / (d * math.log(2))
+    return (x + 128).clamp(0, 255).to(torch.uint8).view(n, channels, 4, 4), bits
+
+
+@pytest.mark.parametrize("scales", [[1.0], [0.3, 3.0]])
+def test_a_scale_mixture_finds_the_entropy_of_one(scales):
+    train, test = drawn(20_000, scales)[0], drawn(5_000, scales)
+    mixture = GaussianScaleMixture(4).fit(train, iterations=20)
+    assert mixture.bits_per_dim(test[0]).mean().item() == pytest.approx(test[1].mean().item(), abs=0.02)
+
+
+def test_one_gaussian_is_too_little_where_contrasts_differ():
+    train, test = drawn(20_000, [0.3, 3.0])[0], drawn(5_000, [0.3, 3.0])[0]
+    one, four = (GaussianScaleMixture(k).fit(train).bits_per_dim(test).mean() for k in (1, 4))
+    assert one > four + 0.05
+
+
+def test_a_mixture_of_one_is_the_gaussian_of_the_datas_mean_and_covariance():
+    images = drawn(500, [1.0])[0]
+    noise = torch.Generator().manual_seed(0), torch.Generator().manual_seed(0)
+    found = GaussianScaleMixture(1).fit(images, generator=noise[0])
+    z = images.flatten(1).double() + torch.rand(500, 16, dtype=torch.float64, generator=noise[1])
+    normal = torch.distributions.MultivariateNormal(z.mean(0), z.T.cov(correction=0))
+    noise[0].manual_seed(0)
+    torch.testing.assert_close(found.bits_per_dim(images, noise[0]), -normal.log_prob(z) / (16 * math.log(2)))
+
+
+def test_more_iterations_never_fit_worse():
+    images = drawn(2_000, [0.3, 3.0])[0]
+    noise = torch.Generator()
+    fits = [GaussianScaleMixture(3).fit(images, i, noise.manual_seed(0)) for i in (1, 2, 4, 8)]
+    bits = [f.bits_per_dim(images, noise.manual_seed(0)).mean().item() for f in fits]
+    assert bits == sorted(bits, reverse=True)
+
+
+def test_a_mixture_of_too_few_images_is_refused():
+    with pytest.raises(ValueError, match="A covariance of 16 numbers needs more images than that, got 16"):
+        GaussianScaleMixture().fit(drawn(16, [1.0])[0])

@@ -40,7 +40,7 @@ def every_image(side, bits):
 
 
 def some_images(n, side, bits):
-    """Slanted planes with noise, rather bright: at middle grey a logit of 4 levels has a slope of 1 and hides errors."""
+    """Slanted planes with noise, rather bright: at middle grey a logit of 4 levels has slope 1 and hides errors."""
     axis = torch.linspace(-1, 1, side)
     brightness, down, right = torch.randn(3, n, 1, 1, 1)
     planes = 0.7 + 0.3 * (brightness + down * axis[:, None] + right * axis) + 0.05 * torch.randn(n, 1, side, side)
