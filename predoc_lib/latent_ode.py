@@ -78,8 +78,9 @@ class LatentODE(nn.Module):
         state: numbers an object's state has (layout "plain": the whole latent has); even.
         content: numbers an object's content has (layout "objects").
         width: of the hidden layers.
-        likelihood: of a pixel: "bernoulli", or "gaussian" with standard deviation 0.1.
-        kl_weight: of the KL term of eq. 4.4; 1 is the ELBO.
+        likelihood: of a pixel: "gaussian" with standard deviation 0.1, or "bernoulli", the cross-entropy, which is a
+            likelihood for pixels that are 0 or 1, and for grey ones a loss only.
+        kl_weight: of the KL term of eq. 4.4; 1 is the ELBO, where the likelihood is one.
         method, rtol, atol, step_size, adjoint: of the ``NeuralODE``; times are in the user's unit (frames in the book).
 
     Raises:

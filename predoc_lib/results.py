@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import functools
 import importlib.metadata
 import json
 import os
@@ -55,7 +56,7 @@ def record(
         "metrics": metrics,
         "config": dataclasses.asdict(config),
         "seed": config.seed,
-        "revision": _revision(),
+        "revision": revision(),
         "versions": {"python": platform.python_version(), "predoc-lib": __version__}
         | {p: importlib.metadata.version(p) for p in PACKAGES},
         "device": device_name(device),
@@ -223,7 +224,9 @@ def spread(values: list[float], digits: int = 1) -> str:
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
-def _revision() -> str:
+@functools.cache
+def revision() -> str:
+    """The code's, of git, when it is first asked for: a long run asks before it starts."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
     try:
         return subprocess.check_output(command, cwd=ROOT, stderr=subprocess.DEVNULL, text=True).strip()

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from predoc_lib import checkpoint, results
+from predoc_lib import results
 from predoc_lib.data.densities import DENSITIES
 from predoc_lib.experiments.config import build
 from predoc_lib.experiments.flow2d import OBJECTIVES
@@ -80,10 +80,7 @@ def make(experiment: str, name: str) -> str:
     config = build(module.Config, "book", **PLANS[experiment]()[name])
     with tempfile.TemporaryDirectory() as folder:
         record = module.run(config, Path(folder), progress=False)
-        if name in KEEP[experiment]:
-            model, _ = module.load(Path(folder))
-            checkpoint.save_weights(model, results.RESULTS / experiment / name / "weights.safetensors", torch.float16)
-    results.save(results.RESULTS / experiment / name, record)
+        results.promote(Path(folder), name, weights=name in KEEP[experiment])
     figures = {row: f"{value:.4g}" for row, value in record["history"][-1].items()}
     return f"{name}: {record['wall_time_s']:.0f} s, {figures}"
 

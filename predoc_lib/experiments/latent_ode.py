@@ -199,7 +199,9 @@ def progress_figures(model: LatentODE, videos: MovingDigits, seen: Tensor) -> di
     """
     predict, later = predictor(model, videos, seen), torch.arange(float(CONTEXT), FRAMES)
     true, predicted = videos.frames(later), predict(later)
-    distance = (metrics.centroid(predicted - predicted.amin()) - metrics.centroid(true)).norm(dim=-1)
+    distance = (metrics.centroid(predicted - predicted.amin((-3, -2, -1), keepdim=True)) - metrics.centroid(true)).norm(
+        dim=-1
+    )
     return {
         "reconstruction_psnr": metrics.psnr(predict(seen), videos.frames(seen)).mean(1),
         "prediction_psnr": metrics.psnr(predicted, true).mean(1),

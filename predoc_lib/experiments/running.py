@@ -36,6 +36,7 @@ def experiment(name: str) -> Callable:
             config: Any, folder: Path | None = None, progress: bool | None = None, num_processes: int = 1
         ) -> Record | None:
             config.require_data()
+            results.revision()  # of the code that runs, not of what the files have become when it is done
             if num_processes > 1 and "RANK" not in os.environ:
                 return _launch(run, config, folder, progress, num_processes)
             if folder is None or int(os.environ.get("RANK", 0)):
