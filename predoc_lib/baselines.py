@@ -42,10 +42,15 @@ class LatentGRU(LatentODE):
         frame: (H, W), pixels.
         step: time between two steps: the time between two observed frames.
         options: those of ``LatentODE`` that are not about the ODE.
+
+    Raises:
+        ValueError: step is not positive, or as ``LatentODE``'s.
     """
 
     def __init__(self, frame: tuple[int, int], *args, step: float = 1.0, **options) -> None:
         super().__init__(frame, *args, **options)
+        if not 0 < step < math.inf:
+            raise ValueError(f"step must be positive, got {step}.")
         self.step, state = step, self.sizes[1]
         width = 32  # the model then has as many parameters as with the ODE, within a few hundredths
         del self.ode

@@ -8,6 +8,8 @@ t_0 is the time of the *last* observation: an ODE runs in both directions, so th
 report starts at the first one: ``t0="first"``.)
 """
 
+import math
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
@@ -116,6 +118,11 @@ class LatentODE(nn.Module):
                 raise ValueError(unknown(what, value, valid))
         if state < 4 or state % 2:
             raise ValueError(f"state must be an even number of at least 4, got {state}.")
+        if min(objects, content, channels) < 1 or width < 16 or not 0 <= kl_weight < math.inf:
+            raise ValueError(
+                "objects, content and channels must be at least 1, width at least 16 and kl_weight finite and at least "
+                f"0, got {objects}, {content}, {channels}, {width} and {kl_weight}."
+            )
         if min(frame) < 8 or frame[0] % 2 or frame[1] % 2:
             raise ValueError(f"Frames must have even sides of at least 8 pixels, got {frame}.")
         self.frame, self.channels, self.likelihood, self.kl_weight = tuple(frame), channels, likelihood, kl_weight

@@ -4,10 +4,14 @@ import ast
 import importlib
 import json
 import operator
+import os
 import re
 import runpy
+import shutil
 import subprocess
+import sys
 import tomllib
+import zipfile
 from pathlib import Path
 
 import jupytext
@@ -110,3 +114,45 @@ def test_the_figures_in_the_readme_are_those_of_the_recorded_runs():
     tool = runpy.run_path(str(ROOT / "tools" / "readme.py"))
     text = (ROOT / "README.md").read_text()
     assert tool["filled"](text) == text, "run python tools/readme.py"
+
+
+def test_the_wheel_holds_the_library_and_imports_by_itself(tmp_path):
+    subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path, "."],
+        cwd=shutil.copytree(ROOT, tmp_path / "tree", ignore=shutil.ignore_patterns(".*", "_build", "results", "runs")),
+        check=True,
+        capture_output=True,
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    assert zipfile.ZipFile(wheel).testzip() is None
+    tops = {name.split("/")[0] for name in zipfile.ZipFile(wheel).namelist()}
+    assert {top.split("-")[0] for top in tops} == {"predoc_lib"}
+    code = "import predoc_lib.latent_ode, predoc_lib.cnf; print(predoc_lib.__file__)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(wheel)}, capture_output=True,
+        text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.startswith(str(wheel))
+
+
+def test_outputs_are_made_again_after_a_change_in_the_library_or_in_a_result(tmp_path, monkeypatch):
+    tool = runpy.run_path(str(ROOT / "tools" / "build_book.py"))
+    tool["fingerprint"].__globals__["ROOT"] = tmp_path
+    for name in ("requirements.txt", "predoc_lib/a.py", "results/x/y/metrics.json", "book/page.md"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("1")
+    first = tool["fingerprint"]()
+    (tmp_path / "book/page.md").write_text("2")
+    assert tool["fingerprint"]() == first, "a page is known by its own code"
+    for name in ("predoc_lib/a.py", "results/x/y/metrics.json", "requirements.txt"):
+        (tmp_path / name).write_text("2")
+        assert tool["fingerprint"]() != first
+        first = tool["fingerprint"]()
+
+
+def test_the_readme_leads_to_every_chapter():
+    toc = yaml.safe_load((ROOT / "_toc.yml").read_text())
+    readme = (ROOT / "README.md").read_text()
+    parts = [part for part in toc["parts"] if part["caption"] not in ("Training notebooks", "Reference")]
+    missing = [c["file"] for part in parts for c in part["chapters"] if f"({c['file']}.md)" not in readme]
+    assert not missing

@@ -170,7 +170,13 @@ def fetch(name: str) -> Path:
         # Beside its destination, so that the last step is a rename: no half-written file ever has the right name.
         with tempfile.TemporaryDirectory(dir=folder, prefix=f"fetching-{name}-") as temporary:
             entry.download(Path(temporary))
-            _verify(name, entry, Path(temporary))
+            wrong = _wrong(entry, Path(temporary))
+            if wrong:
+                raise DataError(
+                    f"What was downloaded as {name} is not what was expected ({wrong[0]}: {wrong[1]}), and nothing was "
+                    f"changed. Try again later, put its files into {folder} by hand ({', '.join(entry.files)}), or use "
+                    f"the embedded {entry.instead!r} instead."
+                )
             for file in entry.files:
                 (folder / file).parent.mkdir(parents=True, exist_ok=True)
                 os.replace(Path(temporary) / file, folder / file)
@@ -227,21 +233,29 @@ def _missing(entry: DataSet, folder: Path) -> list[str]:
 
 def _verify(name: str, entry: DataSet, folder: Path) -> None:
     """Raise DataError for the first file that is not what it should be."""
+    wrong = _wrong(entry, folder)
+    if wrong:
+        raise DataError(
+            f"{folder / wrong[0]} is damaged and was not used: {wrong[1]}. "
+            f"{f'Fetch {name} again with `predoc data {name}`' if entry.download else 'Copy it again'}, "
+            f"or use the embedded {entry.instead!r} instead."
+        )
+
+
+def _wrong(entry: DataSet, folder: Path) -> tuple[str, str] | None:
+    """The first file that is not what it should be, and how."""
     for file, (size, digest) in entry.files.items():
         path = folder / file
         try:
             found = path.stat()
-            wrong = f"{found.st_size:,} bytes, expected {size:,}" if found.st_size != size else ""
-            if not wrong and (sha256 := _sha256(path, found.st_size, found.st_mtime_ns)) != digest:
-                wrong = f"sha256 {sha256}, expected {digest}"
+            if found.st_size != size:
+                return file, f"{found.st_size:,} bytes, expected {size:,}"
+            sha256 = _sha256(path, found.st_size, found.st_mtime_ns)
         except OSError as error:
-            wrong = error.strerror
-        if wrong:
-            raise DataError(
-                f"{path} is damaged and was not used: {wrong}. "
-                f"{f'Fetch {name} again with `predoc data {name}`' if entry.download else 'Copy it again'}, "
-                f"or use the embedded {entry.instead!r} instead."
-            )
+            return file, str(error.strerror)
+        if sha256 != digest:
+            return file, f"sha256 {sha256}, expected {digest}"
+    return None
 
 
 @functools.cache  # a file is hashed once a process, unless it changes

@@ -168,3 +168,9 @@ def test_more_iterations_never_fit_worse():
 def test_a_mixture_of_too_few_images_is_refused():
     with pytest.raises(ValueError, match="A covariance of 16 numbers needs more images than that, got 16"):
         GaussianScaleMixture().fit(drawn(16, [1.0])[0])
+
+
+@pytest.mark.parametrize("step", [0.0, -1.0, math.inf, math.nan])
+def test_a_gru_needs_a_positive_step(step):
+    with pytest.raises(ValueError, match=f"step must be positive, got {step}"):
+        LatentGRU((16, 16), step=step)

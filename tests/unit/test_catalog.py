@@ -91,8 +91,9 @@ def test_a_download_that_is_wrong_or_fails_changes_nothing(folder, monkeypatch):
 
     for download, expected in ((truncated, "0 bytes, expected 64"), (offline, "Error downloading: no route")):
         object.__setattr__(catalog.DATASETS["mnist"], "download", download)
-        with pytest.raises(catalog.DataError, match=expected):
+        with pytest.raises(catalog.DataError, match=expected) as error:
             catalog.fetch("mnist")
+        assert "fetching-" not in str(error.value), "a folder that is gone helps nobody"
         assert not list(folder.iterdir())
 
 
