@@ -128,7 +128,10 @@ def test_list_shows_every_parameter_its_presets_and_its_meaning_in_120_columns(p
         (["train", "toy", "--fodler", "x"], "No such option '--fodler'"),
         (["trian"], "Did you mean 'train'?"),
         (["--versoin"], "Did you mean '--version'?"),
-        (["data", "minst"], "Unknown data set 'minst'. Did you mean 'mnist'? Valid: digits, mnist."),
+        (
+            ["data", "minst"],
+            "Unknown data set 'minst'. Did you mean 'mnist'? Valid: digits, mnist, photos, cifar10, cifar10_subset.",
+        ),
     ],
 )
 def test_bad_input_is_refused_in_one_sentence_before_any_file_exists(predoc, arguments, expected):

@@ -154,12 +154,18 @@ def test_the_images_of_encoded_bands_are_the_images(reading):
 
 @READINGS
 def test_exact_and_hutchinsons_bits_per_dim_agree_on_8x8_images(reading):
-    model, images, n = random_model(channels=1, spread=1.0, rtol=1e-4, atol=1e-4, **reading), some_images(2, 8, 1), 64
+    model = random_model(channels=1, spread=1.0, method="rk4", step_size=0.25, **reading)
+    image, n = some_images(1, 8, 1), 200
+
+    class Same(Given):
+        def rand(self, *shape):
+            return torch.rand(1, *shape, generator=self.generator).expand(self.rows, *shape)
+
     with model.solving(exact=True):
-        exact = model.bits_per_dim(images, noise=Given(2))
-    estimates = torch.stack([model.bits_per_dim(images, noise=Given(2)) for _ in range(n)])
-    assert ((estimates.mean(0) - exact).abs() < 4 * estimates.std(0) / n**0.5 + 1e-5).all()
-    assert (estimates.std(0) > 0).all()
+        exact = model.bits_per_dim(image, noise=Same(1))
+    estimates = model.bits_per_dim(image.expand(n, -1, -1, -1), noise=Same(n))
+    assert abs(estimates.mean() - exact) < 4 * estimates.std() / n**0.5
+    assert estimates.std() > 1e-3
 
 
 @READINGS
@@ -199,29 +205,26 @@ def test_the_coarser_scales_of_the_laplacian_score_coarser_images(condition):
 @pytest.mark.parametrize("objective", ["flow_matching", "likelihood"])
 def test_training_lowers_the_bits_per_dim(reading, objective):
     torch.manual_seed(1)
-    model = MSFlow(4, 1, 2, bits=3, width=8, depth=1, method="rk4", step_size=0.25, **reading)
-    images = some_images(512, 4, 1, 3)
+    model = MSFlow(4, 1, 2, bits=3, width=8, depth=1, method="rk4", step_size=0.5, **reading)
+    images = some_images(256, 4, 1, 3)
     model.whiten(images)
-    before = model.bits_per_dim(images, noise=Given(512)).mean()
+    before = model.bits_per_dim(images, noise=Given(256)).mean()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    for step in range(60):
+    for step in range(60 if objective == "flow_matching" else 20):
         optimizer.zero_grad()
         model.loss(images[step % 8 :: 8], objective).backward()
         optimizer.step()
-    assert model.bits_per_dim(images, noise=Given(512)).mean() < before - 0.1
+    assert model.bits_per_dim(images, noise=Given(256)).mean() < before - 0.1
 
 
-def test_one_scale_trained_alone_leaves_the_others_and_gets_the_same_gradient():
-    model, images = random_model(), some_images(4)
-    gradients = []
+def test_one_scale_trained_alone_gets_the_gradient_that_it_gets_beside_the_others():
+    model, images, gradients = random_model(4, 1, 2, exact=True), some_images(4, 4, 1), []
     for scale in (None, 1):
         model.zero_grad()
-        torch.manual_seed(0)
         model.loss(images, "likelihood", scale, Given(4)).backward()
         gradients.append([p.grad for p in model.flows[1].parameters()])
-        others = [p.grad for s in (0, 2) for p in model.flows[s].parameters()]
-        assert all((g is None) == (scale is not None) for g in others)
-    assert all(torch.isfinite(g).all() for g in gradients[1])
+        assert all((p.grad is None) == (scale == 1) for p in model.flows[0].parameters())
+    torch.testing.assert_close(gradients[0], gradients[1])
 
 
 def test_the_likelihood_is_bits_per_dim_and_the_regularizers_are_added_to_it():
