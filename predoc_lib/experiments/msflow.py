@@ -44,13 +44,13 @@ class Config(TrainingConfig):
         choices=("flow_matching", "likelihood"),
     )  # fmt: skip
     per_scale: bool = option(False, "train coarse to fine, the others frozen (the report), instead of jointly")
-    steps: int = option(2500, "optimizer steps", low=1)
-    batch_size: int = option(64, "images a step", low=1)
-    learning_rate: float = option(2e-3, "the highest, of Adam with warm-up and cosine decay", low=1e-8)
+    steps: int = option(4000, "optimizer steps", low=1)
+    batch_size: int = option(128, "images a step", low=1)
+    learning_rate: float = option(3e-3, "the highest, of Adam with warm-up and cosine decay", low=1e-8)
     clip: float = option(1.0, "longest gradient, a longer one is scaled down; 0: none is", low=0)
     ema: float = option(0.995, "decay of the moving average of the weights that is measured and kept; 0: none", low=0)
-    width: int = option(64, "channels of the fields' hidden layers", low=1)
-    depth: int = option(3, "residual blocks of a field", low=1)
+    width: int = option(48, "channels of the fields' hidden layers", low=1)
+    depth: int = option(2, "residual blocks of a field", low=1)
     lam: float = option(0.05, "lambda of the logit, eq. 6.11", low=0)
     kinetic: float = option(0.01, "weight of the kinetic energy, eq. 6.17, in a likelihood", low=0)
     jacobian: float = option(0.01, "weight of the Jacobian's norm, eq. 6.18, in a likelihood", low=0)
