@@ -101,11 +101,11 @@ class Forked:
         return texts
 
 
-def interpreter(*arguments, **options):
+def interpreter(*arguments, env=ENVIRONMENT, **options):
     """A fresh interpreter."""
     return subprocess.Popen(
-        [sys.executable, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env=ENVIRONMENT, **options,
+        [sys.executable, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env,
+        **options,
     )  # fmt: skip
 
 
@@ -121,11 +121,15 @@ def run(*arguments, **options):
 
 
 def pair(*arguments):
-    """Two processes that train together, with nobody to watch over them (as on two machines)."""
+    """Two processes that train together, with nobody to watch over them (as on two machines).
+
+    In fresh interpreters: what a process group starts in a fork may hang on the threads that its parent had.
+    """
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    return [Forked(*arguments, environment=common | {"RANK": str(i), "LOCAL_RANK": str(i)}) for i in range(2)]
+    ranks = [common | {"RANK": str(i), "LOCAL_RANK": str(i)} for i in range(2)]
+    return [interpreter(SCRIPT, *arguments, env=ENVIRONMENT | rank) for rank in ranks]
 
 
 def small_disk(limit):
