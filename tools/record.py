@@ -1,14 +1,15 @@
 """Make an experiment's recorded runs: ``python tools/record.py EXPERIMENT [--jobs 2] [--list] [NAME ...]``.
 
-A run that is already under results/ is left alone, so the command can be stopped and called again. Weights are kept, in
-half precision, only for the runs that a chapter loads: all of them would not fit into a light clone.
+A run that is already under results/ is left alone and one that was stopped goes on from its checkpoint under runs/, so
+the command can be stopped and called again; one that fails does not stop the others. Weights are kept, in half
+precision, only for the runs that a chapter loads: all of them would not fit into a light clone.
 """
 
 import argparse
 import concurrent.futures
 import importlib
 import multiprocessing
-import tempfile
+import sys
 from pathlib import Path
 
 import torch
@@ -84,9 +85,9 @@ def make(experiment: str, name: str) -> str:
     torch.set_num_threads(1)
     module = importlib.import_module(f"predoc_lib.experiments.{experiment}")
     config = build(module.Config, "book", **PLANS[experiment]()[name])
-    with tempfile.TemporaryDirectory() as folder:
-        record = module.run(config, Path(folder), progress=False)
-        results.promote(Path(folder), name, weights=name in KEEP[experiment])
+    folder = Path("runs", "record", experiment, name)
+    record = module.run(config, folder, progress=False)
+    results.promote(folder, name, weights=name in KEEP[experiment])
     figures = {row: f"{value:.4g}" for row, value in record["history"][-1].items()}
     return f"{name}: {record['wall_time_s']:.0f} s, {figures}"
 
@@ -106,10 +107,11 @@ def main() -> None:
         return
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(arguments.jobs, mp_context=spawn) as pool:
-        for done in concurrent.futures.as_completed(
-            [pool.submit(make, arguments.experiment, name) for name in missing]
-        ):
-            print(done.result(), flush=True)
+        runs = {pool.submit(make, arguments.experiment, name): name for name in missing}
+        for done in concurrent.futures.as_completed(runs):
+            error = done.exception()
+            print(f"{runs[done]}: {error}" if error else done.result(), flush=True)
+    sys.exit(any(run.exception() for run in runs))
 
 
 if __name__ == "__main__":
