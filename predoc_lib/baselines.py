@@ -98,7 +98,7 @@ class GaussianScaleMixture:
         components: K, the number of contrasts.
     """
 
-    def __init__(self, components: int = 8) -> None:
+    def __init__(self, components: int = 16) -> None:
         self.log_weights = torch.full((components,), -math.log(components), dtype=torch.float64)
         self.scales = torch.logspace(-2, 1, components, dtype=torch.float64)
         self.mean = self.factor = None

@@ -60,6 +60,25 @@ def photos(
     return torch.from_numpy(crops)
 
 
+def recoloured(
+    crops: UInt8[Tensor, "n 3 side side"], seed: int | tuple[int, ...] = 0
+) -> UInt8[Tensor, "n 3 side side"]:
+    """The crops seen otherwise: five pictures hold few directions and few colours, and a model would learn just these.
+
+    Every crop is flipped upside down or not, transposed or not; half of them have the contrast (0.75 to 1.25) and the
+    brightness (by -30 to 30 levels) of every channel changed, with dither.
+    """
+    rng = np.random.default_rng(seed)
+    n = len(crops)
+    upside, turned, same = torch.from_numpy(rng.random((3, n)) < 0.5)[:, :, None, None, None]
+    crops = torch.where(upside, crops.flip(2), crops)
+    crops = torch.where(turned, crops.transpose(2, 3), crops)
+    contrast, brightness = torch.from_numpy(rng.random((2, n, 3, 1, 1), np.float32))
+    dither = torch.from_numpy(rng.random(crops.shape, np.float32))
+    changed = crops * (0.75 + 0.5 * contrast) + 60 * (brightness - 0.5) + dither
+    return torch.where(same, crops, changed.clamp(0, 255).to(torch.uint8))
+
+
 @functools.cache
 def reduced(name: str) -> np.ndarray:
     """A picture at half its size, uint8 [3, H, W]."""

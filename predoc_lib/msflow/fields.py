@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 FREQUENCIES = 8
 SMALL = 0.03  # of a band's standard deviation: about as large as dequantization noise
+LARGEST = 4.0  # of |log sigma|: a band is nowhere smoother than dequantization noise leaves it
 
 
 class Clock(nn.Module):
@@ -86,15 +87,20 @@ class UNet(nn.Module):
 
 
 class Field(nn.Module):
-    """f(t, x, cond): the straight-line velocity that is right for x ~ N(0, I), corrected by a network.
+    """f(t, x, cond): the velocity that is right for x ~ N(mu, sigma^2), mu and log sigma said by a network.
 
-    Between data x and noise, x_t = (1 - t) x + t noise has for x ~ N(0, I) the variance s^2 = (1 - t)^2 + t^2 and the
-    mean velocity (2t - 1) / s^2 x_t, about which the velocity varies by 1 / s. The network sees x_t / s and what it
-    says is multiplied by 1 / s: all it is asked has unit scale, and an untrained flow is the identity.
+    Between data x and noise, x_t = (1 - t) x + t noise. Were x, at every pixel and channel, normal with mean mu and
+    variance sigma^2, x_t would have the variance v = (1 - t)^2 sigma^2 + t^2, and the mean velocity at x_t would be
 
-    Smooth places of an image have details a hundred times smaller than rough ones. So the network also sees x_t in
-    units of the noise in it, and of the condition what differs from the mean around it, as asinh of both: linear where
-    small, logarithmic where large.
+        E[noise - x | x_t] = ((t - (1 - t) sigma^2) x_t - t mu) / v.
+
+    The network infers mu and sigma from x_t, what surrounds it, and the condition. Images are rough in some places and
+    smooth in others, and what a network is asked here changes slowly, where the velocity itself is large and turns
+    fast. At t = 0 and 1 the velocity is right whatever it says. Untrained (mu = 0, sigma = 1) the flow is the identity.
+
+    Smooth places of an image have details a hundred times smaller than rough ones. So the network sees x_t in units of
+    its standard deviation and of the noise in it, and of the condition what differs from the mean around it, as asinh:
+    linear where small, logarithmic where large.
 
     Args:
         kind: one of ``KINDS``.
@@ -106,17 +112,19 @@ class Field(nn.Module):
 
     def __init__(self, kind: str, channels: int, cond: int, width: int, depth: int) -> None:
         super().__init__()
-        self.net = KINDS[kind](2 * (channels + cond), channels, width, depth)
+        self.net = KINDS[kind](2 * (channels + cond), 2 * channels, width, depth)
 
     def forward(self, t: Tensor, x: Float[Tensor, "B C H W"], cond: Tensor | None = None) -> Float[Tensor, "B C H W"]:
         """dx/dt; t is 0-d or [B]."""
         time = t.view(-1, 1, 1, 1)
-        s = ((1 - time) ** 2 + time**2).sqrt()
-        seen = [x / s, (x / (time**2 + SMALL**2).sqrt()).asinh()]
+        seen = [x / ((1 - time) ** 2 + time**2).sqrt(), (x / (time**2 + SMALL**2).sqrt()).asinh()]
         if cond is not None:
             around = nn.functional.avg_pool2d(cond, 3, 1, 1, count_include_pad=False)
             seen += [cond, ((cond - around) / SMALL).asinh()]
-        return (2 * time - 1) / s**2 * x + self.net(t, torch.cat(seen, 1)) / s
+        mu, log_sigma = self.net(t, torch.cat(seen, 1)).chunk(2, 1)
+        square = (2 * LARGEST * (log_sigma / LARGEST).tanh()).exp()
+        v = (1 - time) ** 2 * square + time**2
+        return ((time - (1 - time) * square) * x - time * mu) / v
 
 
 KINDS: dict[str, Callable[..., nn.Module]] = {"conv": ConvNet, "unet": UNet}

@@ -6,7 +6,7 @@ import skimage.data
 import torch
 
 from predoc_lib.data import DataError, catalog, photos
-from predoc_lib.data.photos import PICTURES, reduced
+from predoc_lib.data.photos import PICTURES, recoloured, reduced
 
 
 @pytest.mark.parametrize("side", [8, 16, 32])
@@ -41,6 +41,24 @@ def test_every_crop_lies_in_its_picture_as_it_is_or_mirrored():
                 assert any(found)
                 kinds.add(found[0])
     assert kinds == {True, False}
+
+
+def test_recoloured_crops_are_turned_ones_half_of_them_in_other_colours():
+    crops = photos(400, 8)
+    seen = recoloured(crops, seed=1)
+    assert torch.equal(seen, recoloured(crops, seed=1))
+    turned = [crops, crops.flip(2), crops.transpose(2, 3), crops.flip(2).transpose(2, 3)]
+    exact = torch.stack([(seen == x).flatten(1).all(1) for x in turned])
+    assert (exact.sum(1) > 10).all(), "every orientation"
+    assert 160 < exact.any(0).sum() < 240, "half are as they were"
+    changed = ~exact.any(0)
+    slopes = [np.polyfit(a.ravel(), b.ravel(), 1) for a, b in zip(
+        np.sort(crops[changed, 0].flatten(1).numpy().astype(float)),
+        np.sort(seen[changed, 0].flatten(1).numpy().astype(float)), strict=True,
+    ) if a.min() > 40 and a.max() < 170 and a.std() > 5]  # fmt: skip
+    assert all(0.7 < slope < 1.3 for slope, _ in slopes)
+    assert len(slopes) > 10
+    assert np.std([slope for slope, _ in slopes]) > 0.08
 
 
 def test_pictures_take_turns():
