@@ -30,8 +30,9 @@ class RotationField(nn.Module):
     """f(t, s) of eq. 4.2, which turns s in state / 2 planes: (a, b)' = omega(a^2 + b^2) (-b, a), omega a network.
 
     Turning keeps every a^2 + b^2 and so, along a trajectory, every angular velocity: whatever the weights, nothing
-    grows without bound, forwards or backwards, and the solution is known in closed form. In mechanics these are action
-    and angle variables; motion between two walls, for one, has such coordinates.
+    grows without bound, forwards or backwards, and the solution is known in closed form. (A solver's steps must resolve
+    the turning: where omega times the step exceeds 2.8, rk4 makes radii grow.) In mechanics these are action and angle
+    variables; motion between two walls, for one, has such coordinates.
 
     Args:
         state: numbers in s, even: first all a, then all b.
@@ -62,6 +63,17 @@ class FreeField(nn.Module):
 
 
 FIELDS = {"rotation": RotationField, "free": FreeField}
+
+
+class _Stretched(nn.Module):
+    """length f(t, s), every row of s with its own length."""
+
+    def __init__(self, f: nn.Module, length: Float[Tensor, " B"]) -> None:
+        super().__init__()
+        self.f, self.length = f, length[:, None, None]
+
+    def forward(self, t: Tensor, s: Float[Tensor, "B K S"]) -> Float[Tensor, "B K S"]:
+        return self.length * self.f(t, s)
 
 
 class LatentODE(nn.Module):
@@ -181,16 +193,40 @@ class LatentODE(nn.Module):
     def solve(self, s0: Float[Tensor, "B K S"], tau: Float[Tensor, "B T"]) -> Float[Tensor, "B T K S"]:
         """States at times tau after (before, if negative) t_0 (eq. 4.2).
 
-        One solve serves all videos: it stops at every time that any of them asks for.
+        Videos that have one clock share a solve. Where clocks differ, the k-th intervals of all videos do, each in
+        units of its own length: ds/du = length f, u from 0 to 1. That makes T solves, not one that stops B T times.
         """
-        times, index = torch.unique(tau, return_inverse=True)
+        if (tau != tau[:1]).any():
+            ahead, n = self._each(s0, tau)
+            back, m = self._each(s0, -tau, way=-1)
+            self.stats = {"evaluations": n + m}
+            return torch.where((tau > 0)[..., None, None], ahead, back)
+        times, index = torch.unique(tau[0], return_inverse=True)
         zero, parts, evaluations = times.new_zeros(1), [], 0
         for away in (times[times < 0].flip(0), times[times > 0]):
             parts.append(self.ode(s0, torch.cat([zero, away]))[1:])
             evaluations += self.ode.stats["evaluations"] if len(away) else 0
         self.stats = {"evaluations": evaluations}
         states = torch.cat([parts[0].flip(0), s0[None].expand(int((times == 0).sum()), -1, -1, -1), parts[1]])
-        return states[index, torch.arange(len(s0), device=index.device)[:, None]]
+        return states[index].transpose(0, 1)
+
+    def _each(self, s0: Tensor, away: Float[Tensor, "B T"], way: int = 1) -> tuple[Float[Tensor, "B T K S"], int]:
+        """States at every video's own times away from t_0 (where negative, at t_0), and evaluations of f."""
+        away, order = away.clamp(min=0).sort(1)
+        lengths = away.diff(dim=1, prepend=torch.zeros_like(away[:, :1]))
+        ode, s, states, evaluations = self.ode, s0, [], 0
+        for length in lengths.unbind(1):
+            if length.any():
+                options = {
+                    name: getattr(ode, name) for name in ("method", "rtol", "atol", "adjoint", "max_evaluations")
+                }
+                step_size = ode.step_size and ode.step_size / length.max().item()
+                interval = NeuralODE(_Stretched(ode.f, way * length), step_size=step_size, **options)
+                s = interval(s, torch.tensor([0.0, 1.0], dtype=s.dtype, device=s.device))[-1]
+                evaluations += interval.stats["evaluations"]
+            states.append(s)
+        video = torch.arange(len(s0), device=order.device)[:, None]
+        return torch.stack(states, 1)[video, order.argsort(1)], evaluations
 
     def trajectory(self, z0: Float[Tensor, "B D"], tau: Tensor) -> Float[Tensor, "B T D"]:
         """Latents at times tau, [T] or [B, T], after (before, if negative) t_0."""

@@ -251,6 +251,25 @@ def test_the_loss_of_a_batch_is_the_mean_of_its_videos():
         close(together[key], torch.stack([x[key] for x in alone]).mean(), 1e-6)
 
 
+def test_gradients_are_the_same_with_clocks_for_all_and_for_each():
+    model, gradients = small(**TIGHT), []
+    s0, tau = torch.randn(2, 1, 6, dtype=torch.float64), torch.tensor([[1.0, -2.0], [0.5, 3.0]], dtype=torch.float64)
+    together = model.solve(s0, tau)
+    alone = torch.cat([model.solve(s0[b : b + 1], tau[b : b + 1]) for b in range(2)])
+    for states in (together, alone):
+        gradients.append(torch.autograd.grad(states.square().sum(), list(model.ode.f.parameters())))
+    for a, b in zip(*gradients, strict=True):
+        close(a, b, 1e-6)
+
+
+def test_clocks_for_each_cost_as_many_solves_as_times_and_no_step_is_longer_than_asked():
+    model = small(method="rk4", step_size=0.5)
+    s0, tau = torch.randn(50, 1, 6, dtype=torch.float64), (torch.rand(50, 4, dtype=torch.float64) + 0.1).cumsum(1)
+    model.solve(s0, tau)
+    longest = tau.diff(dim=1, prepend=torch.zeros(50, 1)).amax(0)
+    assert model.stats["evaluations"] == 4 * (longest / 0.5).ceil().sum()
+
+
 def test_times_for_all_videos_and_for_each_mean_the_same():
     model = small(objects=2)
     frames, expanded = video(model), TIMES.expand(3, -1)
