@@ -242,9 +242,8 @@ def measure(model: LatentODE, config: Config) -> dict[str, Any]:
         }
     if config.n_digits == 1:
         last = torch.tensor([FRAMES - 1.0])
-        measured["readable"] = {
-            "true": readable(config, videos, videos.frames(last)), "predicted": readable(config, videos, predict(last))
-        }  # fmt: skip
+        true, predicted = readable(config, videos, videos.frames(last), predict(last))
+        measured["readable"] = {"true": true, "predicted": predicted}
     measured["parameters"] = sum(p.numel() for p in model.parameters())
     return measured
 
@@ -252,8 +251,8 @@ def measure(model: LatentODE, config: Config) -> dict[str, Any]:
 FIGURES = {"mse": metrics.mse, "psnr": metrics.psnr, "ssim": metrics.ssim}
 
 
-def readable(config: Config, videos: MovingDigits, frames: Tensor) -> float:
-    """Accuracy of a digit classifier on the place where the digit truly is in the last frame, [B, 1, 1, H, W].
+def readable(config: Config, videos: MovingDigits, *frames: Tensor) -> list[float]:
+    """Accuracies of a digit classifier on the place where the digit truly is in last frames, [B, 1, 1, H, W] each.
 
     A support vector machine, trained on true last frames of other digits, each looked at up to one pixel off its place.
     """
@@ -266,7 +265,7 @@ def readable(config: Config, videos: MovingDigits, frames: Tensor) -> float:
 
     train = _videos(config, 4096, (1234, 2))
     machine = sklearn.svm.SVC(C=10.0).fit(look(train, train.frames(t), jitter=1.0), train.labels[:, 0].numpy())
-    return float(machine.score(look(videos, frames), videos.labels[:, 0].numpy()))
+    return [float(machine.score(look(videos, x), videos.labels[:, 0].numpy())) for x in frames]
 
 
 if __name__ == "__main__":
