@@ -46,7 +46,7 @@ class Config(TrainingConfig):
     per_scale: bool = option(False, "train coarse to fine, the others frozen (the report), instead of jointly")
     steps: int = option(4000, "optimizer steps", low=1)
     batch_size: int = option(128, "images a step", low=1)
-    learning_rate: float = option(3e-3, "the highest, of Adam with warm-up and cosine decay", low=1e-8)
+    learning_rate: float = option(5e-3, "the highest, of Adam with warm-up and cosine decay", low=1e-8)
     clip: float = option(1.0, "longest gradient, a longer one is scaled down; 0: none is", low=0)
     ema: float = option(0.995, "decay of the moving average of the weights that is measured and kept; 0: none", low=0)
     width: int = option(48, "channels of the fields' hidden layers", low=1)
