@@ -145,7 +145,7 @@ def main() -> None:
             {f"{s} x {s}": {"image_size": s, "scales": 3} for s in sides}, batch, rounds
         ),
         f"{sides[-2]} x {sides[-2]}, by the scales, batch {batch}": lambda: growth(
-            {f"{n} scales": {"image_size": sides[-2], "scales": n} for n in range(1, 3 if a.quick else 5)},
+            {f"{n} scales": {"image_size": sides[-2], "scales": n} for n in scales},
             batch,
             rounds,
         ),
