@@ -23,7 +23,8 @@ from predoc_lib.cnf import CNF
 from predoc_lib.data.densities import DENSITIES, density
 from predoc_lib.experiments import flow2d
 from predoc_lib.experiments.config import build
-from predoc_lib.results import device_name
+from predoc_lib.files import whole
+from predoc_lib.results import device_name, revision
 
 
 class Reversed(nn.Module):
@@ -96,7 +97,9 @@ def main() -> None:
                 found[name][peer.__name__] = (known.log_prob(x) - log_prob(x)).mean().item()
         print(f"{name}, {seconds:.0f} s each: " + ", ".join(f"{k} {v:.3f}" for k, v in found[name].items()), flush=True)
     if out:
-        out.write_text(json.dumps({"device": device_name(torch.device("cpu")), "nats": found}, indent=1) + "\n")
+        made = {"device": device_name(torch.device("cpu")), "revision": revision(), "torch": torch.__version__}
+        with whole(out) as temporary:
+            temporary.write_text(json.dumps(made | {"nats": found}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
