@@ -8,6 +8,7 @@ Flow time runs from data at t = 0 to noise at t = 1. Along x' = f(t, x) the dens
 
 import math
 from collections.abc import Callable
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -18,6 +19,14 @@ from predoc_lib.ode import NeuralODE
 
 NOISES = ("rademacher", "gaussian")
 EXACT = 8  # numbers in x up to which the divergence is exact where nothing else is said
+
+
+@runtime_checkable
+class Noise(Protocol):
+    """Where random numbers come from: [B, *shape] for the B rows of a batch (``predoc_lib.batches.Rows``, say)."""
+
+    def rand(self, *shape: int) -> Tensor: ...
+    def randn(self, *shape: int) -> Tensor: ...
 
 
 def divergence(
@@ -136,17 +145,19 @@ class CNF(nn.Module):
             raise ValueError(f"draws must be at least 1, got {draws}.")
         self._check(x, cond)
         draws = 1 if self.exact else draws
-        return sum(self._flow(x, cond, 1.0)[0] for _ in range(draws)) / draws
+        return sum(self._flow(x, cond, 1.0, None)[0] for _ in range(draws)) / draws
 
-    def loss(self, x: Float[Tensor, "B ..."], cond: Tensor | None = None) -> dict[str, Tensor]:
+    def loss(
+        self, x: Float[Tensor, "B ..."], cond: Tensor | None = None, source: Noise | None = None
+    ) -> dict[str, Tensor]:
         """Maximum likelihood: {"loss", "nll", "kinetic", "jacobian"}, means over the batch.
 
         "loss" is "nll", in nats, plus the weighted regularizers (eqs. 6.17, 6.18), which are no part of the likelihood.
-        The errors are those of ``log_prob``.
+        The noise is drawn from ``source``; None: torch's own generator. The errors are those of ``log_prob``.
         """
         self._check(x, cond)
         end = 1 + self.steer * (2 * float(torch.rand(())) - 1) if self.steer else 1.0
-        log_prob, kinetic, jacobian = (value.mean() for value in self._flow(x, cond, end))
+        log_prob, kinetic, jacobian = (value.mean() for value in self._flow(x, cond, end, source))
         loss = -log_prob + self.kinetic * kinetic + self.jacobian * jacobian
         return {"loss": loss, "nll": -log_prob, "kinetic": kinetic, "jacobian": jacobian}
 
@@ -197,9 +208,10 @@ class CNF(nn.Module):
         self.stats = ode.stats
         return path
 
-    def _flow(self, x: Tensor, cond: Tensor | None, end: float) -> tuple[Tensor, Tensor, Tensor]:
+    def _flow(self, x: Tensor, cond: Tensor | None, end: float, source: Noise | None) -> tuple[Tensor, Tensor, Tensor]:
         """log p, kinetic energy and Jacobian norm per number in x, [B] each, of the flow from t = 0 to ``end``."""
-        ode = NeuralODE(_Augmented(self.f, self.shape, cond, None if self.exact else self._draw(x)), **self.solver)
+        noise = None if self.exact else self._draw(x, source)
+        ode = NeuralODE(_Augmented(self.f, self.shape, cond, noise), **self.solver)
         z = torch.cat([x.flatten(1), x.new_zeros(len(x), 3)], 1)
         z = ode(z, torch.tensor([0.0, end]).to(x))[-1]
         self.stats = ode.stats
@@ -207,10 +219,13 @@ class CNF(nn.Module):
         normal = -0.5 * (x1.square() + math.log(2 * math.pi)).sum(1)
         return normal + trace, kinetic / x1.shape[1], jacobian / x1.shape[1]
 
-    def _draw(self, x: Tensor) -> Tensor:
-        if self.noise == "gaussian":
-            return torch.randn_like(x)
-        return torch.randint_like(x, 2) * 2 - 1
+    def _draw(self, x: Tensor, source: Noise | None) -> Tensor:
+        def draw(name: str) -> Tensor:
+            if source is not None:
+                return getattr(source, name)(*self.shape).to(x)
+            return getattr(torch, name)(x.shape, dtype=x.dtype, device=x.device)
+
+        return draw("randn") if self.noise == "gaussian" else (draw("rand") < 0.5).to(x) * 2 - 1
 
     def _check(self, x: Tensor, cond: Tensor | None) -> None:
         if x.ndim != 1 + len(self.shape) or tuple(x.shape[1:]) != self.shape or not len(x):

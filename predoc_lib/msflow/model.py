@@ -13,9 +13,9 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from predoc_lib.cnf import CNF
+from predoc_lib.cnf import CNF, Noise
 from predoc_lib.msflow.fields import KINDS, Field
-from predoc_lib.msflow.readings import CONDITIONS, Haar, Laplacian, Noise, Pixels
+from predoc_lib.msflow.readings import CONDITIONS, Haar, Laplacian, Pixels
 from predoc_lib.msflow.whitening import Whitening
 from predoc_lib.naming import unknown
 
@@ -145,10 +145,9 @@ class MSFlow(nn.Module):
         exp(sum over scales) is an unbiased estimate of an image's probability, if the divergence is exact. ``traces``
         is the number of Hutchinson's draws. Images and errors as ``bits_per_dim``'s.
         """
-        encoded = self.encode(images, noise)
-        return torch.stack(
-            [flow.log_prob(x, cond, traces) + log_det for flow, (x, cond, log_det) in zip(self.flows, encoded)]  # noqa: B905
-        )
+        encoded = self.encode(images, noise)  # of fewer scales, where the images are coarser ones
+        scales = zip(self.flows, encoded, strict=False)
+        return torch.stack([flow.log_prob(x, cond, traces) + log_det for flow, (x, cond, log_det) in scales])
 
     @torch.no_grad()
     def bits_per_dim(
@@ -185,7 +184,7 @@ class MSFlow(nn.Module):
             objective: "flow_matching", the mean square error of the velocity; "likelihood", bits/dim plus the
                 regularizers (eqs. 6.17, 6.18), each times its weight and the share of its scale in all numbers.
             scale: the one that is trained, 0 the coarsest; None: all jointly.
-            noise: as ``encode``'s.
+            noise: as ``encode``'s; Hutchinson's is drawn from it too.
 
         Raises:
             ValueError, SolverError: as ``bits_per_dim``; an unknown objective; no such scale.
@@ -203,7 +202,7 @@ class MSFlow(nn.Module):
                 eps, t = noise.randn(*x.shape[1:]).to(x), noise.rand().to(x).square()
                 part = flow.flow_matching_loss(x, cond, eps, t) * share
             else:
-                found = flow.loss(x, cond)
+                found = flow.loss(x, cond, noise)
                 part = (found["nll"] - log_det.mean()) / (images[0].numel() * math.log(2))
                 part = part + share * (flow.kinetic * found["kinetic"] + flow.jacobian * found["jacobian"])
             total = total + part

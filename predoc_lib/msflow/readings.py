@@ -5,24 +5,16 @@ of the way from the dequantized pixels that this scale accounts for.
 """
 
 import math
-from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from predoc_lib.cnf import Noise
 from predoc_lib.msflow import logit, pyramid
 
 Encoded = tuple[Tensor, Tensor | None, Tensor]
 CONDITIONS = ("rounded", "dequantized")
-
-
-@runtime_checkable
-class Noise(Protocol):
-    """Where random numbers come from: [B, *shape] for the B rows of a batch (``predoc_lib.batches.Rows``, say)."""
-
-    def rand(self, *shape: int) -> Tensor: ...
-    def randn(self, *shape: int) -> Tensor: ...
 
 
 class Pixels:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from predoc_lib.batches import Share
 from predoc_lib.data import photos
 from predoc_lib.experiments.msflow import EVALUATION
 from predoc_lib.msflow import MSFlow, pyramid
@@ -246,6 +247,18 @@ def test_the_likelihood_is_bits_per_dim_and_the_regularizers_are_added_to_it():
     )
     torch.testing.assert_close(found, bits + extra, atol=1e-4, rtol=0)
     assert extra > 0.01
+
+
+def test_a_likelihood_is_the_same_however_many_processes_share_the_batch():
+    images = some_images(8)
+    model = random_model(method="rk4", step_size=0.25, exact=False, kinetic=0.1, jacobian=0.1)
+
+    def loss(processes: int, rank: int) -> torch.Tensor:
+        rows = Share(8, 1, processes, rank, seed=0).rows(1, 0, torch.device("cpu"))
+        return model.loss(images[rows.start : rows.stop], "likelihood", noise=rows)
+
+    torch.testing.assert_close((loss(2, 0) + loss(2, 1)) / 2, loss(1, 0), rtol=0, atol=1e-5)
+    assert not torch.isclose(loss(2, 0), loss(2, 1), rtol=0, atol=1e-3)
 
 
 @READINGS
