@@ -1,9 +1,10 @@
-"""What is measured; images are [*, C, H, W] in [0, 1], and every function returns one value an image, [*]."""
+"""What is measured: of single images, [*, C, H, W] in [0, 1], one value each, [*]; of sets of images, one value."""
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
 from torchmetrics.functional.image import structural_similarity_index_measure
+from torchmetrics.image.fid import FrechetInceptionDistance
 
 
 def mse(a: Float[Tensor, "*batch C H W"], b: Float[Tensor, "*batch C H W"]) -> Float[Tensor, "*batch"]:
@@ -29,3 +30,29 @@ def centroid(frames: Float[Tensor, "*batch C H W"]) -> Float[Tensor, "*batch 2"]
     weight = weight / weight.sum((-2, -1), keepdim=True)
     y, x = (torch.arange(n, device=frames.device, dtype=frames.dtype) for n in frames.shape[-2:])
     return torch.stack([(weight.sum(-1) * y).sum(-1), (weight.sum(-2) * x).sum(-1)], -1)
+
+
+@torch.no_grad()
+def frechet_distance(
+    real: UInt8[Tensor, "N 3 H W"], fake: UInt8[Tensor, "M 3 H W"], features: nn.Module, rows: int = 256
+) -> float:
+    """|m - m'|^2 + tr(C + C' - 2 (C C')^1/2) of the Gaussians that fit two sets' features (Heusel et al. 2017).
+
+    Only with ``predoc_lib.features.inception`` is it the FID. It is biased upwards by what the sets are too small for.
+
+    Args:
+        real, fake: two sets of images, at least 2 each.
+        features: images -> [B, F], on the device it is on.
+        rows: images at a time.
+
+    Raises:
+        ValueError: a set has less than two images.
+    """
+    if min(len(real), len(fake)) < 2:
+        raise ValueError(f"A covariance needs at least 2 images a set, got {len(real)} and {len(fake)}.")
+    device = next(features.parameters(), torch.empty(0)).device
+    distance = FrechetInceptionDistance(features, input_img_size=tuple(real.shape[1:])).to(device)
+    for images, is_real in ((real, True), (fake, False)):
+        for part in images.split(rows):
+            distance.update(part.to(device), real=is_real)
+    return distance.compute().item()

@@ -29,6 +29,7 @@ KEEP = {  # runs whose weights a chapter loads
     "latent_ode": ("digits32-1-stride1-ode-seed0", "digits32-2-stride2-ode-seed0", "mnist64-2-stride2-ode-seed0"),
     "msflow": ("photos16-haar-flow_matching-seed0", "photos16-haar-flow_matching-long"),
     "flow2d": [f"{density}-{objective}-seed0" for density in DENSITIES for objective in OBJECTIVES],
+    "features": ("cifar10_subset-seed0",),
 }
 
 
@@ -89,7 +90,13 @@ def msflow() -> dict[str, dict]:
     }
 
 
-PLANS = {"latent_ode": latent_ode, "flow2d": flow2d, "msflow": msflow}
+def features() -> dict[str, dict]:
+    """The same: the classifier whose features the Frechet distance is measured with."""
+    cifar = {"dataset": "cifar10_subset", "steps": 4000, "batch_size": 128, "n_test": 5000}
+    return {"cifar10_subset-seed0": cifar | {"precision": "bfloat16"}}
+
+
+PLANS = {"latent_ode": latent_ode, "flow2d": flow2d, "msflow": msflow, "features": features}
 
 
 def make(experiment: str, name: str) -> str:

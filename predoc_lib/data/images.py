@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torchvision
-from jaxtyping import UInt8
+from jaxtyping import Int, UInt8
 from PIL import Image
 from torch import Tensor
 
@@ -39,7 +39,7 @@ def image_set(source: str | Path, split: str = "train", broken: str = "refuse") 
     if source in SETS:
         if split not in ("train", "test"):
             raise catalog.DataError(unknown("split", split, ("train", "test")))
-        return _to_tensor(_cifar10(split) if source == "cifar10" else _cifar10_subset(split))
+        return _to_tensor(_cifar10(split) if source == "cifar10" else _cifar10_subset(split)["x"])
     path = Path(source).expanduser()
     if path.is_dir():
         batches = sorted(path.glob("*.npz"))
@@ -49,6 +49,13 @@ def image_set(source: str | Path, split: str = "train", broken: str = "refuse") 
             f"{unknown('image set', str(source), SETS)} Nor is there a file or folder of that name."
         )
     return read_images(path)
+
+
+def labels(source: str, split: str = "train") -> Int[Tensor, " N"]:
+    """The classes, 0 to 9, of the images of "cifar10_subset"; errors as ``image_set``'s."""
+    if source != "cifar10_subset":
+        raise catalog.DataError(unknown("image set with labels", source, ("cifar10_subset",)))
+    return torch.from_numpy(_cifar10_subset(split)["y"].astype(np.int64))
 
 
 def read_images(path: Path) -> UInt8[Tensor, "N C H W"]:
@@ -117,9 +124,9 @@ def _cifar10(split: str) -> np.ndarray:
         return torchvision.datasets.CIFAR10(folder, train=split == "train").data
 
 
-def _cifar10_subset(split: str) -> np.ndarray:
+def _cifar10_subset(split: str) -> dict[str, np.ndarray]:
     name = {"train": "cifar10_train_30000", "test": "cifar10_val_5000"}[split]
-    return read_npz(catalog.require("cifar10_subset") / f"cifar10/{name}.npz")["x"]
+    return read_npz(catalog.require("cifar10_subset") / f"cifar10/{name}.npz")
 
 
 def _to_tensor(images: np.ndarray) -> Tensor:

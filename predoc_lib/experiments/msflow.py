@@ -21,11 +21,14 @@ from predoc_lib.batches import Rows
 from predoc_lib.data import catalog
 from predoc_lib.data.images import SETS, image_set
 from predoc_lib.data.photos import PICTURES, photos, recoloured
+from predoc_lib.experiments import features
 from predoc_lib.experiments.config import ConfigError, TrainingConfig, choose_device, option
 from predoc_lib.experiments.running import experiment, main
+from predoc_lib.metrics import frechet_distance
 from predoc_lib.msflow import MSFlow
 
 DATASETS = ("photos", *SETS)
+FEATURES = results.RESULTS / "features" / "cifar10_subset-seed0"
 EVALUATION = {"method": "dopri5", "rtol": 1e-5, "atol": 1e-5}  # half of it changes bits/dim by less than 0.001
 
 
@@ -58,6 +61,7 @@ class Config(TrainingConfig):
     steer: float = option(0.0, "half the width of the random end time in training; 0: it always ends at 1", low=0)
     tolerance: float = option(1e-3, "relative and absolute, of dopri5 in training", low=1e-12)
     n_test: int = option(64, "unseen images, of each picture, that are measured at the end", low=2)
+    frechet: int = option(0, "samples in each evaluation, for their Frechet distance from images; 0: none", low=0)
 
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "smoke": {"steps": 10, "batch_size": 4, "image_size": 8, "scales": 2, "width": 8, "depth": 1, "n_test": 4},
@@ -76,6 +80,8 @@ class Config(TrainingConfig):
             )
         if self.per_scale and self.steps < self.scales:
             raise ConfigError(f"Parameter 'steps' must be at least {self.scales}, one a scale, got {self.steps}.")
+        if self.frechet and (self.frechet == 1 or self.channels == 1):
+            raise ConfigError("Parameter 'frechet' must be at least 2 and needs images of 3 channels, or be 0.")
 
     def require_data(self) -> None:
         """Images by path are looked at when they are read."""
@@ -151,6 +157,26 @@ def unseen(config: Config) -> dict[str, UInt8[Tensor, "N C H W"]]:
     }
 
 
+def distance(model: MSFlow, config: Config) -> float:
+    """Frechet distance, in a small classifier's features, of ``config.frechet`` samples and of as many real images.
+
+    These are other crops of the training pictures, changed as in training; of a set, test images.
+    """
+    n, net = config.frechet, features.load(FEATURES)[0].to(next(model.parameters()).device)
+    if config.path or config.dataset != "photos":
+        real = read(config, "test")[:n]
+    else:
+        real = photos(n, config.image_size, seed=(config.seed, 0, 1))
+        real = recoloured(real, (config.seed, 0, 1)) if config.augment else real
+    with model.solving(method="dopri5", rtol=1e-2, atol=1e-2), torch.random.fork_rng():
+        torch.manual_seed(0)
+        trained = model.trained.clone()
+        model.trained.fill_(True)  # coarse to fine, a scale's turn may still be to come: its bands are normal
+        fake = torch.cat([model.sample(len(part)).cpu() for part in real.split(128)])
+        model.trained.copy_(trained)
+    return frechet_distance(real, fake, net)
+
+
 def build_model(config: Config) -> MSFlow:
     """The untrained model of a Config."""
     likelihood = config.objective == "likelihood"
@@ -199,10 +225,15 @@ def run(config: Config, folder: Path | None = None, progress: bool | None = None
         return {"loss": found, "evaluations": evaluations}
 
     validation = torch.cat([images[:8] for images in unseen(config).values()])
+
+    def followed(model: MSFlow, mine: slice) -> dict[str, Any]:
+        found = {"bits_per_dim": evaluate(model, validation[mine], tolerance=1e-3)}
+        return found | ({"frechet": distance(model, config)} if config.frechet else {})
+
     done = training.fit(
         model, Crops(config) if crops else Images(train, config.augment), loss, **config.training(model),
         networks=model.networks, folder=folder, progress=progress, show="bits_per_dim",
-        evaluate=lambda model, mine: {"bits_per_dim": evaluate(model, validation[mine], tolerance=1e-3)},
+        evaluate=followed,
     )  # fmt: skip
     if not done.is_main:
         return None
@@ -263,6 +294,8 @@ def measure(model: MSFlow, config: Config) -> dict[str, Any]:
         model.sample(16)
     found["seconds_sample"] = (time.perf_counter() - start) / 16
     found["evaluations_sample"] = sum(flow.stats["evaluations"] for flow in model.flows)
+    if config.frechet:
+        found["frechet"] = distance(model, config)
     found["parameters"] = sum(p.numel() for p in model.parameters())
     return found
 
