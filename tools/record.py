@@ -82,12 +82,37 @@ def msflow() -> dict[str, dict]:
     """The same: MSFlow on photographs for minutes and for longer, and on the subset of CIFAR-10."""
     fast = {"precision": "bfloat16"}  # twice as fast where the processor knows it
     large = fast | {"width": 64, "depth": 3, "learning_rate": 3e-3, "ema": 0.999}
+    cifar = {"dataset": "cifar10_subset", "image_size": 32, "batch_size": 64, "steps": 8000, "n_test": 512}
     return {
         "photos16-haar-flow_matching-seed0": fast,
         "photos16-haar-flow_matching-long": large | {"steps": 10_000},
-        "cifar10_subset-haar-flow_matching": large
-        | {"dataset": "cifar10_subset", "image_size": 32, "batch_size": 64, "steps": 8000, "n_test": 512},
-    }
+        "cifar10_subset-haar-flow_matching": large | cifar | {"frechet": 512, "evaluate_every": 400},
+    } | race()
+
+
+RATES = (1e-3, 3e-3, 1e-2)
+# The width of a single scale makes it as large as three scales are. Steps of a trial run, and of the run itself.
+RACERS = {
+    "single-likelihood": ({"scales": 1, "width": 64, "objective": "likelihood"}, 90, 450),
+    "multi-likelihood": ({"scales": 3, "width": 32, "objective": "likelihood"}, 150, 800),
+    "single-flow_matching": ({"scales": 1, "width": 64, "objective": "flow_matching"}, 1500, 9000),
+    "multi-flow_matching": ({"scales": 3, "width": 32, "objective": "flow_matching"}, 1500, 4500),
+}
+BEST = {}  # of the trials
+
+
+def race() -> dict[str, dict]:
+    """Single scale against three, likelihood against flow matching: a trial at every learning rate, then the run."""
+    runs = {}
+    for name, (parameters, trial, steps) in RACERS.items():
+        same = parameters | {"batch_size": 32, "ema": 0.98}
+        runs |= {
+            f"race16-{name}-trial-{rate:g}": same | {"steps": trial, "learning_rate": rate, "evaluate_every": trial}
+            for rate in RATES
+        }
+        if name in BEST:
+            runs[f"race16-{name}"] = same | {"steps": steps, "learning_rate": BEST[name]}
+    return runs
 
 
 def features() -> dict[str, dict]:
