@@ -181,8 +181,10 @@ def data(name: str | None) -> None:
     """Show the data sets, or fetch and verify the one that is named."""
     if name is None:
         rows = catalog.status()
-        columns = ["name", "state", "size", "where", "licence", "what"]
-        _table([[row[column] for column in columns] for row in rows], columns)
+        cells = [
+            [row["name"], row["state"], row["size"], row["where"], f"{row['what']}: {row['licence']}"] for row in rows
+        ]
+        _table(cells, ["name", "state", "size", "where", "what: licence"])
         click.echo(f"\nReal data lies in {catalog.root()} (PREDOC_DATA names another folder).")
         for row in rows:
             if row["problem"]:

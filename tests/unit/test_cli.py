@@ -251,6 +251,12 @@ def test_on_a_terminal_a_bar_is_passed_on_as_it_is(monkeypatch):
     assert stream.getvalue() == "\r 10%|█  | 1/10"
 
 
+def test_the_list_of_data_sets_fits_a_page_and_breaks_between_words(predoc):
+    table = predoc("data").output.split("\n\n")[0]
+    assert max(map(len, table.splitlines())) <= 120
+    assert "handwritten digits" in " ".join(table.split())
+
+
 def test_data_lists_every_data_set_and_verifies_one_by_name(predoc):
     listed = predoc("data").output
     assert all(name in listed for name in catalog.DATASETS)
