@@ -107,3 +107,9 @@ def test_of_images_by_path_no_test_image_is_trained_on(tmp_path):
     train, test = (read(config, split)[:, 0, 0, 0].tolist() for split in ("train", "test"))
     assert test == [0, 10, 20]
     assert sorted(train + test) == list(range(30))
+
+
+def test_more_images_than_a_codec_takes_in_one_strip_are_coded_in_several():
+    images = photos(520, 32)
+    whole, parts = codec_bits(images, "webp"), [codec_bits(part, "webp") for part in images.split(511)]
+    assert whole == pytest.approx((511 * parts[0] + 9 * parts[1]) / 520)
