@@ -1,6 +1,7 @@
 """The classifier of images end to end, very small, and what sets of images are compared by."""
 
 import dataclasses
+import hashlib
 
 import numpy as np
 import pytest
@@ -9,9 +10,9 @@ import torch
 from torch import nn
 
 from predoc_lib import results
-from predoc_lib.data import photos
+from predoc_lib.data import catalog, photos
 from predoc_lib.data.catalog import DataError
-from predoc_lib.data.images import labels
+from predoc_lib.data.images import image_set, labels
 from predoc_lib.experiments import features, msflow
 from predoc_lib.experiments.features import Config, load, read, run
 from predoc_lib.features import SmallNet, inception
@@ -44,14 +45,34 @@ def test_a_crops_class_is_its_picture():
     assert train.classes[3::5].tolist() == [3] * 4
 
 
-@pytest.mark.data
-def test_the_classes_of_cifar10_are_those_of_its_images():
-    config = dataclasses.replace(TINY, dataset="cifar10_subset")
-    train = read(config, "train")
-    assert len(train) == len(train.classes) == 30_000
-    assert train.classes.bincount().min() > 2500
+def test_labels_are_read_beside_the_images_of_their_split(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    arrays = {"x": rng.integers(0, 256, (50, 32, 32, 3), np.uint8), "y": rng.integers(0, 10, 50)}
+    sums = {}
+    for file in catalog.DATASETS["cifar10_subset"].files:
+        path = tmp_path / file
+        path.parent.mkdir(exist_ok=True)
+        np.savez(path, **{name: array[::-1] if "val" in file else array for name, array in arrays.items()})
+        sums[file] = (path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest())
+    small = catalog.DataSet("small", "none", files=sums, instead="photos")
+    monkeypatch.setitem(catalog.DATASETS, "cifar10_subset", small)
+    monkeypatch.setenv("PREDOC_DATA", str(tmp_path))
+    for split, y in (("train", arrays["y"]), ("test", arrays["y"][::-1])):
+        found = read(dataclasses.replace(TINY, dataset="cifar10_subset", n_train=50, n_test=50), split)
+        assert torch.equal(found.images, image_set("cifar10_subset", split))
+        assert found.classes.tolist() == y.tolist()
     with pytest.raises(DataError, match="cifar10_subset"):
         labels("cifar10")
+
+
+@pytest.mark.data
+def test_every_class_of_the_real_subset_of_cifar10_has_its_share():
+    if not (catalog.root() / "cifar10/cifar10_train_30000.npz").is_file():
+        pytest.skip("the subset of CIFAR-10 is not there")
+    config = dataclasses.replace(TINY, dataset="cifar10_subset", n_train=30_000)
+    train = read(config, "train")
+    assert len(train.images) == len(train.classes) == 30_000
+    assert train.classes.bincount().min() > 2500
 
 
 def test_features_of_any_size_of_image():
