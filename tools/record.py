@@ -93,12 +93,17 @@ def msflow() -> dict[str, dict]:
 RATES = (1e-3, 3e-3, 1e-2)
 # The width of a single scale makes it as large as three scales are. Steps of a trial run, and of the run itself.
 RACERS = {
-    "single-likelihood": ({"scales": 1, "width": 64, "objective": "likelihood"}, 90, 450),
-    "multi-likelihood": ({"scales": 3, "width": 32, "objective": "likelihood"}, 150, 800),
-    "single-flow_matching": ({"scales": 1, "width": 64, "objective": "flow_matching"}, 1500, 9000),
+    "single-likelihood": ({"scales": 1, "width": 64, "objective": "likelihood"}, 90, 280),
+    "multi-likelihood": ({"scales": 3, "width": 32, "objective": "likelihood"}, 150, 400),
+    "single-flow_matching": ({"scales": 1, "width": 64, "objective": "flow_matching"}, 1500, 6000),
     "multi-flow_matching": ({"scales": 3, "width": 32, "objective": "flow_matching"}, 1500, 4500),
 }
-BEST = {}  # of the trials
+BEST = {  # of the trials
+    "single-likelihood": 3e-3,
+    "multi-likelihood": 1e-2,
+    "single-flow_matching": 3e-3,
+    "multi-flow_matching": 3e-3,
+}
 
 
 def race() -> dict[str, dict]:
