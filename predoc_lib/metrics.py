@@ -1,10 +1,22 @@
 """What is measured: of single images, [*, C, H, W] in [0, 1], one value each, [*]; of sets of images, one value."""
 
+import math
+from typing import Protocol, runtime_checkable
+
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
+from torchmetrics.detection import MeanAveragePrecision
 from torchmetrics.functional.image import structural_similarity_index_measure
 from torchmetrics.image.fid import FrechetInceptionDistance
+
+
+@runtime_checkable
+class Boxes(Protocol):
+    """Boxes of one image: left, top, right, bottom, in any unit, and numbers of classes; those found also scores."""
+
+    boxes: Float[Tensor, "n 4"]
+    labels: Int[Tensor, " n"]
 
 
 def mse(a: Float[Tensor, "*batch C H W"], b: Float[Tensor, "*batch C H W"]) -> Float[Tensor, "*batch"]:
@@ -56,3 +68,26 @@ def frechet_distance(
         for part in images.split(rows):
             distance.update(part.to(device), real=is_real)
     return distance.compute().item()
+
+
+def mean_average_precision(found: list[Boxes], truth: list[Boxes]) -> dict[str, float]:
+    """Average precision at IoU 0.5, and its mean over 0.5, 0.55, ... 0.95, both means over the classes in the truth.
+
+    All boxes are ranked by their confidence, so no threshold is chosen; the 100 best of an image and class count.
+
+    Args:
+        found: for every image the boxes [n, 4], scores and labels.
+        truth: the same; its scores are not looked at.
+
+    Returns:
+        {"map50", "map"}; not a number if there is no true box at all.
+    """
+    metric = MeanAveragePrecision()
+    metric.warn_on_many_detections = False
+    metric.update(
+        [{"boxes": f.boxes, "scores": f.scores, "labels": f.labels} for f in found],
+        [{"boxes": t.boxes, "labels": t.labels} for t in truth],
+    )
+    values = metric.compute()
+    found_any = any(len(t.labels) for t in truth)
+    return {name: values[key].item() if found_any else math.nan for name, key in (("map50", "map_50"), ("map", "map"))}
