@@ -90,7 +90,7 @@ def load(folder: Path) -> dict[str, Any]:
     return rec
 
 
-def promote(run: Path, name: str, *, half: bool = True, weights: bool = True) -> Path:
+def promote(run: Path, name: str, *, half: bool = True, weights: bool = True, files: tuple[str, ...] = ()) -> Path:
     """Copy a finished run's record and its weights to ``results/<experiment>/<name>/``; all appears at once.
 
     Args:
@@ -98,17 +98,22 @@ def promote(run: Path, name: str, *, half: bool = True, weights: bool = True) ->
         name: of the result; one that is there already may only be the same, and is left alone.
         half: halve the precision of the weights, except of a tensor whose values half precision cannot hold.
         weights: copy them; else the record alone.
+        files: others of the run to copy as they are.
 
     Raises:
-        ResultError: the run is not finished, the name cannot be used or is taken, or the weights cannot be read or are
-            larger than 3 MB.
+        ResultError: the run is not finished, the name cannot be used or is taken, or the weights cannot be read, or a
+            file is larger than 3 MB.
     """
     rec = load(run)
     target = _place(rec["experiment"], name)
     tensors = _weights(Path(run) / "weights.safetensors", half) if weights else {}
     temporary = target.with_name(f".{name}.{os.getpid()}")
+    if large := [file for file in files if (Path(run) / file).stat().st_size > MAX_WEIGHTS]:
+        raise ResultError(f"{Path(run) / large[0]} is larger than the {MAX_WEIGHTS / 1e6:.0f} MB of a recorded file.")
     try:
         save(temporary, rec)
+        for file in files:
+            shutil.copyfile(Path(run) / file, temporary / file)
         if weights:
             with whole(temporary / "weights.safetensors") as file:
                 safetensors.torch.save_file(tensors, file)

@@ -31,6 +31,7 @@ KEEP = {  # runs whose weights a chapter loads
     "flow2d": [f"{density}-{objective}-seed0" for density in DENSITIES for objective in OBJECTIVES],
     "features": ("cifar10_subset-seed0",),
 }
+FILES = {"yolo_detector": ("detector.cfg", "detector.weights")}  # in place of weights
 
 
 def latent_ode() -> dict[str, dict]:
@@ -126,7 +127,18 @@ def features() -> dict[str, dict]:
     return {"cifar10_subset-seed0": cifar | {"precision": "bfloat16"}}
 
 
-PLANS = {"latent_ode": latent_ode, "flow2d": flow2d, "msflow": msflow, "features": features}
+def yolo_detector() -> dict[str, dict]:
+    """The same: the embedded detector."""
+    return {"road": {}}
+
+
+PLANS = {
+    "latent_ode": latent_ode,
+    "flow2d": flow2d,
+    "msflow": msflow,
+    "features": features,
+    "yolo_detector": yolo_detector,
+}
 
 
 def make(experiment: str, name: str) -> str:
@@ -136,7 +148,7 @@ def make(experiment: str, name: str) -> str:
     config = build(module.Config, "book", **PLANS[experiment]()[name])
     folder = Path("runs", "record", experiment, name)
     record = module.run(config, folder, progress=False)
-    results.promote(folder, name, weights=name in KEEP[experiment])
+    results.promote(folder, name, weights=name in KEEP.get(experiment, ()), files=FILES.get(experiment, ()))
     figures = {row: f"{value:.4g}" for row, value in record["history"][-1].items()}
     return f"{name}: {record['wall_time_s']:.0f} s, {figures}"
 

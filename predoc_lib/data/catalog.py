@@ -53,6 +53,10 @@ def _photos() -> bytes:
     return content()
 
 
+def _driving() -> bytes:
+    return Path(__file__).with_name("driving.py").read_bytes()  # it is drawn: what draws it is the data
+
+
 def _download_mnist(folder: Path) -> None:
     import torchvision
 
@@ -98,6 +102,12 @@ DATASETS: dict[str, DataSet] = {
         "public domain, CC0, CC BY 2.0; motorcycle: Middlebury Stereo 2014",
         _photos,
         where="scikit-image, scikit-learn",
+    ),
+    "driving": DataSet(
+        "a drawn road with cars, trucks and people; boxes, masks and flow at any time",
+        "MIT",
+        _driving,
+        where="predoc_lib",
     ),
     "cifar10": DataSet(
         "CIFAR-10, 60,000 colour images, 32 x 32",

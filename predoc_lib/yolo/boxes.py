@@ -37,6 +37,10 @@ class Detections:
     def __len__(self) -> int:
         return len(self.scores)
 
+    def cpu(self) -> "Detections":
+        """The same, in the processor's memory."""
+        return Detections(self.boxes.cpu(), self.scores.cpu(), self.labels.cpu())
+
     def above(self, confidence: float) -> "Detections":
         """Those that are more confident."""
         keep = self.scores > confidence

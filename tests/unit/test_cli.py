@@ -130,7 +130,8 @@ def test_list_shows_every_parameter_its_presets_and_its_meaning_in_120_columns(p
         (["--versoin"], "Did you mean '--version'?"),
         (
             ["data", "minst"],
-            "Unknown data set 'minst'. Did you mean 'mnist'? Valid: digits, mnist, photos, cifar10, cifar10_subset.",
+            "Unknown data set 'minst'. Did you mean 'mnist'? Valid: digits, mnist, photos, driving, cifar10, "
+            "cifar10_subset.",
         ),
     ],
 )

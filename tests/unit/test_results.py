@@ -217,6 +217,15 @@ def test_weights_that_half_precision_cannot_hold_keep_theirs(run):
     assert found["large"].item() == 1e5
 
 
+def test_other_files_are_promoted_as_they_are(run):
+    (run / "net.weights").write_bytes(b"123")
+    target = results.promote(run, "other", weights=False, files=("net.weights",))
+    assert (target / "net.weights").read_bytes() == b"123"
+    (run / "net.weights").write_bytes(bytes(3_000_001))
+    with pytest.raises(results.ResultError, match=r"net\.weights is larger than the 3 MB"):
+        results.promote(run, "large", weights=False, files=("net.weights",))
+
+
 def test_weights_may_be_promoted_in_full_or_left_out(run):
     whole = results.promote(run, "full", half=False)
     assert (whole / "weights.safetensors").read_bytes() == (run / "weights.safetensors").read_bytes()
