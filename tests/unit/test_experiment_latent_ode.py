@@ -117,17 +117,6 @@ def test_every_kind_of_run_works_and_is_loaded_again(fields, tmp_path):
     assert set(rec["metrics"]["prediction"]) == {config.dynamics, "mean image", "copy-last"}
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_run_on_a_gpu_is_measured_the_same_on_the_cpu(tmp_path):
-    rec = run(change(device="cuda"), tmp_path, progress=False)
-    assert rec["device"] == torch.cuda.get_device_name()
-    model, config = load(tmp_path)
-    found = measure(model, config)
-    for span in SPANS:
-        assert found[span]["ode"]["psnr"] == pytest.approx(rec["metrics"][span]["ode"]["psnr"], abs=0.05)
-
-
 # ---------------------------------------------------------------- what is trained on
 
 
