@@ -11,6 +11,7 @@ import re
 import shutil
 import statistics
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +58,7 @@ def record(
         "config": dataclasses.asdict(config),
         "seed": config.seed,
         "revision": revision(),
-        "versions": {"python": platform.python_version(), "predoc-lib": __version__}
-        | {p: importlib.metadata.version(p) for p in PACKAGES},
+        "versions": versions(),
         "device": device_name(device),
         "wall_time_s": round(wall_time_s, 1),
         "evaluations": evaluations,
@@ -66,6 +66,12 @@ def record(
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "history": history,
     }
+
+
+def versions() -> dict[str, str]:
+    """Of Python, this library and the packages that figures depend on."""
+    found = {"python": platform.python_version(), "predoc-lib": __version__}
+    return found | {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
 def save(folder: Path, rec: dict[str, Any]) -> None:
@@ -203,7 +209,14 @@ def recorded(experiment: str) -> dict[str, dict[str, Any]]:
 
 
 def card(records: dict[str, dict[str, Any]]) -> str:
-    """The table that ends a chapter, in Markdown: how each recorded run that it shows was made."""
+    """What ends a chapter, in Markdown: how the page was made, and each recorded run that it shows."""
+    made = ", ".join(f"{name} {version}" for name, version in versions().items())
+    page = (
+        f"This page ran in {time.process_time():.0f} seconds of processor time on {device_name(torch.device('cpu'))}, "
+        f"with {made}; its seeds are in its cells. "
+    )
+    if not records:
+        return page + "It shows no recorded run."
     header = ["run", "seed", "device", "minutes", "evaluations", "data (sha256)", "revision", "torch", "date"]
     rows = [
         [
@@ -212,7 +225,7 @@ def card(records: dict[str, dict[str, Any]]) -> str:
         ]
         for name, r in records.items()
     ]  # fmt: skip
-    return table(header, rows)
+    return page + "Recorded runs that it shows:\n\n" + table(header, rows)
 
 
 def table(header: list[str], rows: list[list[Any]]) -> str:
