@@ -120,12 +120,13 @@ def train(
     overrides = {key: value for key, value in parameters.items() if key in config_class.__dataclass_fields__}
     config = build(config_class, parameters["preset"], **overrides)
     config.require_data()
+    if "num_processes" in _parameters(notebook):
+        parameters["num_processes"] = num_processes or (1 if run is None else runs.processes_of(run))
+    config.require_machine(parameters.get("num_processes", 1))
     if record is not None:
         results.free_name(name, record)
     # Only now, with nothing left to refuse, does anything appear on the disk.
     run = run or _new_folder(folder / name)
-    if "num_processes" in _parameters(notebook):
-        parameters["num_processes"] = num_processes or runs.processes_of(run)
     click.echo(f"{name}: {' '.join(f'{key}={value}' for key, value in parameters.items())} -> {run}", err=True)
     notebooks.execute(notebook, run / f"{name}.ipynb", parameters | {"folder": str(run)})
     metrics = json.loads((run / "metrics.json").read_text())

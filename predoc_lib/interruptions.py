@@ -14,6 +14,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from predoc_lib import checkpoint
+from predoc_lib.guards import SolverError
+
+ADVICE = "Try a smaller learning_rate, or look for bad values in the data."
 
 
 class TrainingError(RuntimeError):
@@ -61,6 +64,14 @@ class Saved:
         """A sentence that says what there is."""
         found = [] if self.folder is None else checkpoint.paths(self.checkpoints)
         return f"The checkpoint {found[-1]} is kept." if found else "No checkpoint was saved yet."
+
+    @contextlib.contextmanager
+    def diverged(self, step: int) -> Iterator[None]:
+        """What a model says of numbers that are not finite, with the step and with what is kept."""
+        try:
+            yield
+        except (SolverError, FloatingPointError) as error:
+            raise TrainingError(f"{error} Training stopped at step {step}. {self.kept()} {ADVICE}") from error
 
     def leave(self, stop: signal.Signals, step: int, say: bool) -> None:
         """Say what was saved after SIGINT or SIGTERM, and leave."""

@@ -172,13 +172,19 @@ class LatentODE(nn.Module):
 
         Raises:
             ValueError: a wrong shape or range, times that do not increase, no observed frame.
+            FloatingPointError: the weights are such that there is no such Normal.
         """
         t, mask = self._check(frames, t, mask)
         if self.t0 == "first":
             first = torch.where(mask, t, torch.inf).amin(1, keepdim=True)
             frames, t, mask = frames.flip(1), torch.where(mask, first - t, 0).flip(1), mask.flip(1)
-        mean, log_variance = self.encoder(frames, t, mask)
-        return Normal(mean.flatten(1), (log_variance / 2).exp().flatten(1))
+        mean, log_variance = (part.flatten(1) for part in self.encoder(frames, t, mask))
+        scale = (log_variance / 2).exp()
+        if not ((mean + scale).isfinite() & (scale > 0)).all():
+            raise FloatingPointError(
+                "The encoder's mean or deviation is not finite, or a deviation is 0: its weights are too large, or NaN."
+            )
+        return Normal(mean, scale)
 
     def decode(self, z: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch C H W"]:
         """Mean frames of p(x | z), in (0, 1), each latent for itself (eq. 4.3)."""

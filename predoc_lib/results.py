@@ -11,6 +11,7 @@ import re
 import shutil
 import statistics
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +58,7 @@ def record(
         "config": dataclasses.asdict(config),
         "seed": config.seed,
         "revision": revision(),
-        "versions": {"python": platform.python_version(), "predoc-lib": __version__}
-        | {p: importlib.metadata.version(p) for p in PACKAGES},
+        "versions": versions(),
         "device": device_name(device),
         "wall_time_s": round(wall_time_s, 1),
         "evaluations": evaluations,
@@ -66,6 +66,12 @@ def record(
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "history": history,
     }
+
+
+def versions() -> dict[str, str]:
+    """Of Python, this library and the packages that figures depend on."""
+    found = {"python": platform.python_version(), "predoc-lib": __version__}
+    return found | {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
 def save(folder: Path, rec: dict[str, Any]) -> None:
@@ -203,16 +209,27 @@ def recorded(experiment: str) -> dict[str, dict[str, Any]]:
 
 
 def card(records: dict[str, dict[str, Any]]) -> str:
-    """The table that ends a chapter, in Markdown: how each recorded run that it shows was made."""
-    header = ["run", "seed", "device", "minutes", "evaluations", "data (sha256)", "revision", "torch", "date"]
+    """What ends a chapter, in Markdown: how the page was made, and each recorded run that it shows."""
+    made = ", ".join(f"{name} {version}" for name, version in versions().items())
+    page = (
+        f"This page ran in {time.process_time():.0f} seconds of processor time on {device_name(torch.device('cpu'))}, "
+        f"with {made}; its seeds are in its cells. "
+    )
+    if not records:
+        return page + "It shows no recorded run."
     rows = [
-        [
-            name, r["seed"], r["device"], f"{r['wall_time_s'] / 60:.1f}", r["evaluations"],
-            f"{r['data']['name']} ({r['data']['sha256'][:8]})", r["revision"][:8], r["versions"]["torch"], r["date"],
-        ]
+        {
+            "run": name, "seed": r["seed"], "minutes": f"{r['wall_time_s'] / 60:.1f}", "evaluations": r["evaluations"],
+            "device": r["device"], "data (sha256)": f"{r['data']['name']} ({r['data']['sha256'][:8]})",
+            "revision": r["revision"][:8], "torch": r["versions"]["torch"], "date": r["date"],
+        }
         for name, r in records.items()
     ]  # fmt: skip
-    return table(header, rows)
+    same = {key: value for key, value in rows[0].items() if len(rows) > 1 and all(row[key] == value for row in rows)}
+    header = [key for key in rows[0] if key not in same]
+    all_have = f" All have {', '.join(f'{key} {value}' for key, value in same.items())}." if same else ""
+    runs = table(header, [[row[key] for key in header] for row in rows])
+    return f"{page}Recorded runs that it shows:{all_have}\n\n{runs}"
 
 
 def table(header: list[str], rows: list[list[Any]]) -> str:

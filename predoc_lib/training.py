@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from predoc_lib import checkpoint
 from predoc_lib.batches import Rows, Share, count_steps
-from predoc_lib.interruptions import Saved, TrainingError, loaded, name_lost_peers, stop_requests
+from predoc_lib.interruptions import ADVICE, Saved, TrainingError, loaded, name_lost_peers, stop_requests
 from predoc_lib.naming import unknown
 from predoc_lib.precision import PRECISIONS, lower_precision
 
@@ -107,8 +107,8 @@ def fit(
 
     Raises:
         ValueError: an option that is not valid; it says which.
-        TrainingError: the loss or its gradient is not finite, the data cannot be loaded, another process is gone, or
-            the disk does not take the checkpoint; the last checkpoint stays.
+        TrainingError: the loss or its gradient is not finite, a solve fails, the data cannot be loaded, another process
+            is gone, or the disk does not take the checkpoint; the last checkpoint stays.
         CheckpointError: the folder's checkpoints are of another run, or all damaged.
         KeyboardInterrupt, SystemExit: after SIGINT or SIGTERM, when a checkpoint is saved.
     """
@@ -158,7 +158,7 @@ def fit(
         for part in range(accumulate):
             batch = accelerate.utils.send_to_device(next(batches), device)
             last = part + 1 == accumulate
-            with contextlib.nullcontext() if last else accelerator.no_sync(objective):
+            with contextlib.nullcontext() if last else accelerator.no_sync(objective), saved.diverged(step):
                 figures.append(objective(batch, share.rows(step, part, device)))
                 (figures[-1]["loss"] / accumulate).backward()
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
@@ -166,8 +166,7 @@ def fit(
         for name in ("loss", "gradient"):
             if not math.isfinite(values[name]):
                 raise TrainingError(
-                    f"The {name} is {values[name]} at step {step}: training stopped. {saved.kept()} "
-                    "Try a smaller learning_rate, or look for bad values in the data."
+                    f"The {name} is {values[name]} at step {step}: training stopped. {saved.kept()} {ADVICE}"
                 )
         if clip and values["gradient"] > clip:
             nn.utils.clip_grads_with_norm_(parameters, clip, norm)
@@ -184,7 +183,8 @@ def fit(
         """A row of the history: means of the figures since the last one, and an evaluation."""
         row = {"step": run["step"]} | {name: total / n for name, (total, n) in run["sums"].items()}
         row["seconds"], run["sums"] = round(run["seconds"], 3), {}
-        row |= _evaluated(accelerator, result, evaluate)
+        with saved.diverged(run["step"]):
+            row |= _evaluated(accelerator, result, evaluate)
         model.train()
         run["history"].append(row)
         _show(bar, run["history"], show)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from predoc_lib.batches import Share
 from predoc_lib.data import catalog
 from predoc_lib.naming import unknown
 from predoc_lib.training import PRECISIONS, warm_up_cosine
@@ -16,6 +17,7 @@ PRESETS = ("smoke", "book", "thesis")
 """``smoke``: seconds, for tests. ``book``: at most 15 minutes on 2 CPU cores. ``thesis``: the report's sizes."""
 
 DEVICES = ("auto", "cpu", "cuda")
+NO_GPU = "device 'cuda' was asked for, but PyTorch finds no GPU here. Use 'auto' or 'cpu'."
 
 
 class ConfigError(ValueError):
@@ -98,6 +100,18 @@ class TrainingConfig:
         if hasattr(self, "dataset"):
             catalog.require(self.dataset)
 
+    def require_machine(self, num_processes: int = 1) -> None:
+        """Raise ConfigError if the device is not there, or so many processes cannot share a GPU each or the batch."""
+        gpus = torch.cuda.device_count()  # unlike is_available, it leaves CUDA as it is for processes that are forked
+        if self.device == "cuda" and not gpus:
+            raise ConfigError(NO_GPU)
+        if self.device != "cpu" and 0 < gpus < num_processes:
+            raise ConfigError(f"num_processes must be at most the number of GPUs here, {gpus}, got {num_processes}.")
+        try:
+            Share(self.batch_size, self.accumulate, num_processes, 0, self.seed)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+
     def training(self, model: nn.Module) -> dict[str, Any]:
         """The arguments of ``training.fit`` that these parameters are."""
         optimizer = torch.optim.Adam(model.parameters(), lr=self.learning_rate)
@@ -123,5 +137,5 @@ def choose_device(name: str) -> torch.device:
         ConfigError: "cuda" where there is no GPU.
     """
     if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device 'cuda' was asked for, but PyTorch finds no GPU here. Use 'auto' or 'cpu'.")
+        raise ConfigError(NO_GPU)
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")

@@ -16,7 +16,7 @@ import accelerate
 import torch
 
 from predoc_lib import results, runs
-from predoc_lib.experiments.config import PRESETS, ConfigError, build
+from predoc_lib.experiments.config import PRESETS, build
 from predoc_lib.training import TrainingError
 
 Record = dict[str, Any]
@@ -36,6 +36,7 @@ def experiment(name: str) -> Callable:
             config: Any, folder: Path | None = None, progress: bool | None = None, num_processes: int = 1
         ) -> Record | None:
             config.require_data()
+            config.require_machine(int(os.environ.get("WORLD_SIZE", num_processes)))
             results.revision()  # of the code that runs, not of what the files have become when it is done
             if num_processes > 1 and "RANK" not in os.environ:
                 return _launch(run, config, folder, progress, num_processes)
@@ -52,9 +53,6 @@ def experiment(name: str) -> Callable:
 
 
 def _launch(run: Callable, config: Any, folder: Path | None, progress: bool | None, num_processes: int) -> Record:
-    gpus = torch.cuda.device_count()
-    if config.device != "cpu" and 0 < gpus < num_processes:
-        raise ConfigError(f"num_processes must be at most the number of GPUs here, {gpus}, got {num_processes}.")
     # What an earlier training in this process left behind; a launch wants none.
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
 

@@ -12,6 +12,7 @@ from typing import ClassVar
 
 import nbformat
 import pytest
+import torch
 from click.testing import CliRunner
 
 from predoc_lib import cli, notebooks, results, runs
@@ -72,6 +73,9 @@ class ToyConfig:
 
     def require_data(self):
         catalog.require(self.dataset)
+
+    def require_machine(self, num_processes):
+        pass
 
 
 @pytest.fixture
@@ -142,6 +146,26 @@ def test_bad_input_is_refused_in_one_sentence_before_any_file_exists(predoc, arg
     assert result.stderr.startswith("Error: ")
     assert result.stderr.count("\n") == 1
     assert not list(Path().iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--device", "cuda"], "device 'cuda' was asked for, but PyTorch finds no GPU here. Use 'auto' or 'cpu'."),
+        (["--num-processes", "4", "-p", "batch_size=6"], "batch_size must be a multiple of processes times accumulate"),
+        (["-p", "accumulate=5"], "batch_size must be a multiple of processes times accumulate, 1 x 5, got 32."),
+    ],
+)
+def test_what_this_machine_or_so_many_processes_cannot_do_is_refused_before_any_file_exists(
+    arguments, expected, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(cli.main, ["train", "latent_ode", *arguments])
+    assert result.exit_code == 2
+    assert expected in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_corrupt_file_is_refused_by_name_before_any_file_exists(predoc):

@@ -120,6 +120,28 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
     assert choose_device("cpu") == torch.device("cpu")
 
 
+@pytest.mark.parametrize(
+    ("gpus", "processes", "fields", "message"),
+    [
+        (0, 1, {"device": "cuda"}, "'cuda'.*no GPU"),
+        (2, 3, {"batch_size": 6}, "num_processes must be at most the number of GPUs here, 2, got 3"),
+        (0, 3, {}, "batch_size must be a multiple of processes times accumulate, 3 x 1, got 32"),
+        (2, 2, {"accumulate": 3}, "batch_size must be a multiple of processes times accumulate, 2 x 3, got 32"),
+        (0, 2, {}, None),
+        (2, 2, {"device": "cuda"}, None),
+        (2, 4, {"device": "cpu"}, None),
+    ],
+)
+def test_what_this_machine_cannot_do_is_refused(gpus, processes, fields, message, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    config = build(Config, **fields)
+    if message is None:
+        config.require_machine(processes)
+        return
+    with pytest.raises(ConfigError, match=message):
+        config.require_machine(processes)
+
+
 # ---------------------------------------------------------------- the command line of an experiment
 
 

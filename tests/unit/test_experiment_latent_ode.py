@@ -77,6 +77,11 @@ def test_a_run_that_was_killed_goes_on_as_if_nothing_had_been(finished, tmp_path
     assert runs.state(tmp_path) == "finished"
 
 
+def test_a_run_that_diverges_says_at_which_step_and_what_is_kept(tmp_path):
+    with pytest.raises(training.TrainingError, match=r"Training stopped at step 2\. No checkpoint was saved yet\."):
+        run(change(learning_rate=1e30), tmp_path, progress=False)
+
+
 def test_the_same_seed_gives_the_same_weights_bit_by_bit(finished, tmp_path):
     folder, rec = finished
     torch.manual_seed(99)  # whatever was before

@@ -543,6 +543,17 @@ def test_a_context_that_is_empty_or_too_long_is_refused(n):
     one_sentence(error)
 
 
+@pytest.mark.parametrize("weight", [math.nan, 1e30])
+def test_weights_that_ran_away_are_named(weight):
+    model = LatentODE(FRAME, state=6, content=5, width=16)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(weight)
+    with pytest.raises(FloatingPointError, match="weights are too large, or NaN") as error:
+        model.negative_elbo(FRAMES, T32)
+    one_sentence(error)
+
+
 @pytest.mark.parametrize(
     ("dtype", "shift"), [(torch.float64, 0.0), (torch.float16, 0.0), (torch.float64, 2.0**31)], ids=str
 )

@@ -15,6 +15,7 @@ from torch import nn
 
 from predoc_lib import checkpoint
 from predoc_lib.checkpoint import CheckpointError
+from predoc_lib.guards import SolverError
 from predoc_lib.training import Fitted, TrainingError, fit, warm_up_cosine
 
 GOAL = torch.tensor([1.0, 2.0])
@@ -296,6 +297,24 @@ def test_a_bad_loss_at_once_says_that_nothing_was_saved(tmp_path):
     with pytest.raises(TrainingError, match=r"at step 1: .*No checkpoint was saved yet"):
         train(Point(), lambda m, b, r: m.x.sum() * float("nan"), folder=tmp_path)
     assert not list(tmp_path.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("where", ["loss", "evaluation"])
+@pytest.mark.parametrize("error", [SolverError("The solver stopped."), FloatingPointError("No such Normal.")])
+def test_a_model_that_says_itself_that_it_diverged_stops_with_the_step_and_what_is_kept(tmp_path, where, error):
+    def loss(model, batch, rows):
+        if where == "loss" and rows.step == 6:
+            raise error
+        loss.step = rows.step
+        return quadratic(model, batch, rows)
+
+    def evaluate(model, mine):
+        if where == "evaluation" and loss.step == 6:
+            raise error
+        return {}
+
+    with pytest.raises(TrainingError, match=rf"^{error} Training stopped at step 6\. .*step-00000003.* is kept\. Try"):
+        train(Point(), loss, evaluate=evaluate, evaluate_every=3, folder=tmp_path)
 
 
 def test_a_gradient_that_is_not_finite_never_reaches_the_weights(tmp_path):
