@@ -50,7 +50,7 @@ class Config(TrainingConfig):
     )
     moves: bool = option(True, "the last features are moved before they are corrected (the report: no)")
     width: int = option(48, "channels of the state", low=1)
-    heads_weight: float = option(0.2, "weight of the loss of what the heads find (the report: 0)", low=0)
+    heads_weight: float = option(0.5, "weight of the loss of what the heads find (the report: 0)", low=0)
     gradient_weight: float = option(0.0, "weight of the gradient difference (the report: 0)", low=0)
     horizon: int = option(TRAINED, "frames trained to predict (the report: 3)", low=1)
     labels_above: float = option(0.3, "confidence of the detector's own boxes that count as labels", low=0)

@@ -3,11 +3,13 @@
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
+from torchvision.ops import box_convert, complete_box_iou_loss
 
 from predoc_lib.yolo.darknet import Darknet
 from predoc_lib.yolo.dynamics import Features
 
 BOX = 5.0  # weight of the boxes in the loss of the heads, as in ``detection_loss``
+SOME = 0.02  # objectness of cells whose boxes are compared
 
 
 def mse(predicted: Features, true: Features, scales: list[Tensor]) -> Float[Tensor, ""]:
@@ -31,9 +33,9 @@ def heads_loss(
 ) -> dict[str, Tensor]:
     """How far what the heads find in predicted features is from what they find in the true ones.
 
-    Objectness and classes are compared by the KL divergence from the true features' probabilities, boxes by the
-    distance of their middles (in cells) and of the logarithms of their sides; classes and boxes count as much as the
-    true features' objectness says that there is something.
+    Objectness and classes are compared by the KL divergence from the true features' probabilities, boxes by their
+    complete IoU loss (Zheng et al. 2020); classes and boxes count as much as the true features' objectness says that
+    there is something.
 
     Args:
         network: whose heads they are.
@@ -48,11 +50,12 @@ def heads_loss(
     things = 1.0
     yolos = [network.layers[at + 1] for at in network.heads_at]
     for yolo, x, y in zip(yolos, network.logits(predicted), network.logits(true), strict=True):
+        found, there = (box_convert(yolo(z)[..., :4], "cxcywh", "xyxy") for z in (x, y))
         x, y = yolo.split(x), yolo.split(y)
         thing = y[..., 4].sigmoid()
-        middles = (x[..., :2].sigmoid() - y[..., :2].sigmoid()).abs()
-        sides = (x[..., 2:4] - y[..., 2:4]).abs()
-        parts["box"] = parts["box"] + (thing[..., None] * (middles + sides)).sum()
+        some = thing.flatten(1) > SOME
+        overlap = complete_box_iou_loss(found[some], there[some], reduction="none")
+        parts["box"] = parts["box"] + (thing.flatten(1)[some] * overlap).sum()
         parts["object"] = parts["object"] + divergence(x[..., 4], y[..., 4]).sum()
         parts["kind"] = parts["kind"] + (thing[..., None] * divergence(x[..., 5:], y[..., 5:])).sum()
         things = things + thing.sum()
