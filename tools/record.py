@@ -153,7 +153,10 @@ def yolo_dynamics() -> dict[str, dict]:
     for name in runs:
         if "gru-seed" in name:
             runs[name] |= {"moves": False}
-    return {name: run | {"steps": 2000} for name, run in runs.items()}
+    runs = {name: run | {"steps": 2000} for name, run in runs.items()}
+    real = {"video": "driving/solidWhiteRight.mp4", "detector": "yolo/yolo-fastest-1.1.cfg", "steps": 150}
+    runs |= {"highway-ode": real, "highway-gru": real | {"dynamics": "gru", "moves": False}}
+    return runs
 
 
 PLANS = {
