@@ -89,9 +89,14 @@ def msflow() -> dict[str, dict]:
         "photos16-haar-flow_matching-seed0": fast,
         "photos16-haar-flow_matching-long": large | {"steps": 10_000},
         "cifar10_subset-haar-flow_matching": large | cifar | {"frechet": 512, "evaluate_every": 400},
+        "cifar10_subset-haar-flow_matching-h200": large | cifar | GPU,
     } | race()
 
 
+GPU = {
+    "width": 256, "widen": 1.3333, "depth": 6, "batch_size": 256, "learning_rate": 1e-3, "compile": True,
+    "steps": 2640, "evaluate_every": 660, "device": "cuda",
+}  # fmt: skip
 RATES = (1e-3, 3e-3, 1e-2)
 # The width of a single scale makes it as large as three scales are. Steps of a trial run, and of the run itself.
 RACERS = {
