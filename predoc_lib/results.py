@@ -217,15 +217,19 @@ def card(records: dict[str, dict[str, Any]]) -> str:
     )
     if not records:
         return page + "It shows no recorded run."
-    header = ["run", "seed", "device", "minutes", "evaluations", "data (sha256)", "revision", "torch", "date"]
     rows = [
-        [
-            name, r["seed"], r["device"], f"{r['wall_time_s'] / 60:.1f}", r["evaluations"],
-            f"{r['data']['name']} ({r['data']['sha256'][:8]})", r["revision"][:8], r["versions"]["torch"], r["date"],
-        ]
+        {
+            "run": name, "seed": r["seed"], "minutes": f"{r['wall_time_s'] / 60:.1f}", "evaluations": r["evaluations"],
+            "device": r["device"], "data (sha256)": f"{r['data']['name']} ({r['data']['sha256'][:8]})",
+            "revision": r["revision"][:8], "torch": r["versions"]["torch"], "date": r["date"],
+        }
         for name, r in records.items()
     ]  # fmt: skip
-    return page + "Recorded runs that it shows:\n\n" + table(header, rows)
+    same = {key: value for key, value in rows[0].items() if len(rows) > 1 and all(row[key] == value for row in rows)}
+    header = [key for key in rows[0] if key not in same]
+    all_have = f" All have {', '.join(f'{key} {value}' for key, value in same.items())}." if same else ""
+    runs = table(header, [[row[key] for key in header] for row in rows])
+    return f"{page}Recorded runs that it shows:{all_have}\n\n{runs}"
 
 
 def table(header: list[str], rows: list[list[Any]]) -> str:

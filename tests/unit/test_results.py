@@ -109,12 +109,19 @@ def test_the_card_shows_how_the_page_and_each_run_were_made():
     page, _, header, rule, row = results.card({"mine": record(revision="f" * 40)}).splitlines()
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert header.count("|") == rule.count("|") == row.count("|")
-    assert cells[:2] == ["mine", "7"]
-    assert cells[3:7] == ["1.0", "40", "digits (01234567)", "f" * 8]
+    assert cells[:4] == ["mine", "7", "1.0", "40"]
+    assert cells[5:7] == ["digits (01234567)", "f" * 8]
     for made in (page, results.card({})):
         assert f"torch {importlib.metadata.version('torch')}" in made
         assert results.device_name(torch.device("cpu")) in made
     assert results.card({}).endswith("It shows no recorded run.")
+
+
+def test_what_all_runs_of_a_card_have_is_said_once():
+    page, _, header, _, *rows = results.card({"a": record(), "b": record(wall_time_s=120.0)}).splitlines()
+    assert header == "| run | minutes |"
+    assert rows == ["| a | 1.0 |", "| b | 2.0 |"]
+    assert "All have seed 7, evaluations 40, device" in page
 
 
 @pytest.mark.parametrize(
