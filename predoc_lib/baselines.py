@@ -112,6 +112,7 @@ class GaussianScaleMixture:
             ValueError: there are not more images than numbers in one: the covariance would be singular.
         """
         z = self._dequantize(images, generator)
+        self.log_weights, self.scales = self.log_weights.to(z.device), self.scales.to(z.device)
         n, d = z.shape
         if n <= d:
             raise ValueError(f"A covariance of {d} numbers needs more images than that, got {n}.")

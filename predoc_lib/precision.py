@@ -1,4 +1,4 @@
-"""Networks in bfloat16, and nothing else."""
+"""Networks in bfloat16 or compiled while they are trained, and nothing else."""
 
 import contextlib
 import functools
@@ -13,13 +13,17 @@ PRECISIONS = ("float32", "bfloat16")
 
 
 @contextlib.contextmanager
-def lower_precision(networks: list[nn.Module], precision: str, device: str) -> Iterator[None]:
-    """Run the networks in bfloat16 inside the block; what they return is float32 again."""
-    if precision == "float32":
-        yield
-        return
+def lower_precision(networks: list[nn.Module], precision: str, device: str, compile: bool = False) -> Iterator[None]:
+    """Run the networks in bfloat16, or compiled, or both, inside the block; what they return is float32 again.
+
+    Outside they are as they were: what is measured after training would be compiled anew, for its own shapes.
+    """
 
     def lowered(forward: Callable) -> Callable:
+        forward = torch.compile(forward) if compile else forward
+        if precision == "float32":
+            return forward
+
         @functools.wraps(forward)
         def call(*args: Any, **options: Any) -> Any:
             with torch.autocast(device, torch.bfloat16):
@@ -27,10 +31,11 @@ def lower_precision(networks: list[nn.Module], precision: str, device: str) -> I
 
         return call
 
-    for network in networks:
+    changed = networks if compile or precision != "float32" else []
+    for network in changed:
         network.forward = lowered(network.forward)
     try:
         yield
     finally:
-        for network in networks:
+        for network in changed:
             del network.forward

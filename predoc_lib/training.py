@@ -141,9 +141,6 @@ def fit(
         objective = accelerator.prepare(objective)
     networks = [model] if networks is None else networks
     parameters = list(model.parameters())
-    if compile:
-        for network in networks:
-            network.compile()
     kept = {"model": model, "optimizer": optimizer, "schedule": schedule, "average": averaged}
     kept = {name: thing for name, thing in kept.items() if thing is not None}
     run = {"step": 0, "history": [], "seconds": 0.0, "sums": {}}
@@ -205,7 +202,7 @@ def fit(
     )  # fmt: skip
     loader = share.load(data, range(run["step"] + 1, steps + 1), workers)
     with (
-        bar, stop_requests() as requests, lower_precision(networks, precision, device.type),
+        bar, stop_requests() as requests, lower_precision(networks, precision, device.type, compile),
         name_lost_peers(share.processes, saved), contextlib.closing(loaded(loader, run, saved)) as batches,
     ):  # fmt: skip
         model.train()

@@ -12,7 +12,11 @@ from predoc_lib.results import ROOT
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "options", "tables"),
-    [("msflow", ["--quick"], 3), ("latent_ode", ["--rounds", "1", "--batch-size", "2"], 1)],
+    [
+        ("msflow", ["--quick"], 3),
+        ("latent_ode", ["--rounds", "1", "--batch-size", "2"], 1),
+        ("precision", ["--quick"], 1),
+    ],
 )
 def test_a_benchmark_prints_ratios_and_writes_where_they_come_from(tmp_path, name, options, tables):
     command = [sys.executable, ROOT / "benchmarks" / f"{name}.py", *options, "--out", tmp_path / "found.json"]

@@ -26,6 +26,7 @@ from predoc_lib.experiments.config import ConfigError, TrainingConfig, choose_de
 from predoc_lib.experiments.running import experiment, main
 from predoc_lib.metrics import frechet_distance
 from predoc_lib.msflow import MSFlow
+from predoc_lib.msflow.fields import KINDS
 
 DATASETS = ("photos", *SETS)
 FEATURES = results.RESULTS / "features" / "cifar10_subset-seed0"
@@ -52,7 +53,9 @@ class Config(TrainingConfig):
     learning_rate: float = option(5e-3, "the highest, of Adam with warm-up and cosine decay", low=1e-8)
     clip: float = option(1.0, "longest gradient, a longer one is scaled down; 0: none is", low=0)
     ema: float = option(0.995, "decay of the moving average of the weights that is measured and kept; 0: none", low=0)
-    width: int = option(48, "channels of the fields' hidden layers", low=1)
+    field: str = option("conv", "network of a scale: at one resolution, or at two", choices=tuple(KINDS))
+    width: int = option(48, "channels of the finest field's hidden layers", low=1)
+    widen: float = option(1.0, "a scale's width over the next coarser one's", low=0.1)
     depth: int = option(2, "residual blocks of a field", low=1)
     augment: bool = option(True, "training images are mirrored too, photographs also turned and recoloured")
     lam: float = option(0.0, "lambda of the logit, eq. 6.11 (the report: 0.05); 0: no logit", low=0)
@@ -182,7 +185,8 @@ def build_model(config: Config) -> MSFlow:
     likelihood = config.objective == "likelihood"
     return MSFlow(
         config.image_size, config.channels, config.scales, pyramid=config.pyramid, lam=config.lam or None,
-        width=config.width, depth=config.depth, kinetic=config.kinetic if likelihood else 0.0,
+        field=config.field, width=config.width, widen=config.widen, depth=config.depth,
+        kinetic=config.kinetic if likelihood else 0.0,
         jacobian=config.jacobian if likelihood else 0.0, steer=config.steer if likelihood else 0.0,
         rtol=config.tolerance, atol=config.tolerance,
     )  # fmt: skip
@@ -217,6 +221,8 @@ def run(config: Config, folder: Path | None = None, progress: bool | None = None
     torch.manual_seed(config.seed)
     model = build_model(config)
     model.whiten(train[:1024])
+    if choose_device(config.device).type == "cuda":
+        model.to(memory_format=torch.channels_last)  # what its convolutions are fastest in
 
     def loss(model: MSFlow, images: Tensor, rows: Rows) -> dict[str, Any]:
         scale = config.scales * (rows.step - 1) // config.steps if config.per_scale else None
@@ -254,10 +260,11 @@ def evaluate(
     *,
     tolerance: float = EVALUATION["rtol"],
     draws: int = 1,
-    rows: int = 64,
+    rows: int | None = None,
 ) -> Float[Tensor, " B"]:
-    """Bits/dim of images, so many rows at a time, with the same noise whenever it is asked."""
+    """Bits/dim of images, rows at a time (None: what suits the device), with the same noise whenever it is asked."""
     device = next(model.parameters()).device
+    rows = rows or (64 if device.type == "cpu" else 512)
     with model.solving(method="dopri5", rtol=tolerance, atol=tolerance), torch.random.fork_rng():
         torch.manual_seed(0)
         return torch.cat([model.bits_per_dim(part.to(device), draws).cpu() for part in images.split(rows)])
@@ -270,12 +277,13 @@ def measure(model: MSFlow, config: Config) -> dict[str, Any]:
     there are two, one of augmented crops, and on each picture the better one is the rival. Besides: "parameters";
     "mixture_seconds" of the fits; seconds an image, and evaluations, of densities and of samples.
     """
-    images, generator = unseen(config), torch.Generator().manual_seed(0)
+    device = next(model.parameters()).device
+    images, generator = unseen(config), torch.Generator(device).manual_seed(0)
     train, start = read(config, "train"), time.perf_counter()
     sets = [train] if len(train) > train[0].numel() else []  # too few for a covariance: there is no such rival
     if sets and not config.path and config.dataset == "photos":
         sets.append(recoloured(train, (config.seed, 0)))
-    mixtures = [GaussianScaleMixture().fit(images, generator=generator) for images in sets]
+    mixtures = [GaussianScaleMixture().fit(images.to(device), generator=generator) for images in sets]
     found: dict[str, Any] = {"mixture_seconds": time.perf_counter() - start}
     start = time.perf_counter()
     for name, x in images.items():
@@ -287,7 +295,7 @@ def measure(model: MSFlow, config: Config) -> dict[str, Any]:
     for name, x in images.items():
         found[name] |= {codec: codec_bits(x, codec) for codec in CODECS}
         if mixtures:
-            found[name]["mixture"] = min(m.bits_per_dim(x, generator).mean().item() for m in mixtures)
+            found[name]["mixture"] = min(m.bits_per_dim(x.to(device), generator).mean().item() for m in mixtures)
     start = time.perf_counter()
     with model.solving(**EVALUATION), torch.random.fork_rng():
         torch.manual_seed(0)

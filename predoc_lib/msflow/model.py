@@ -35,7 +35,8 @@ class MSFlow(nn.Module):
         lam: lambda of the logit (eq. 6.11); None: no logit, an affine map, which leaks more mass out of the box.
         condition: of the Laplacian's scales: the "rounded" coarser image, or the same "dequantized" draw.
         field: "conv", "unet", or a function (channels, cond, side) -> vector field, cond the condition's channels.
-        width: channels of the fields' hidden layers.
+        width: channels of the finest field's hidden layers.
+        widen: a scale's width over the next coarser one's: the finer a scale, the more numbers it has to predict.
         depth: residual blocks of the fields.
         options: those of ``CNF``, of every scale: noise, exact, kinetic, jacobian, steer, method, rtol, atol, ...
 
@@ -55,6 +56,7 @@ class MSFlow(nn.Module):
         condition: str = "rounded",
         field: str | Callable[[int, int, int], nn.Module] = "conv",
         width: int = 64,
+        widen: float = 1.0,
         depth: int = 3,
         **options: Any,
     ) -> None:
@@ -74,6 +76,8 @@ class MSFlow(nn.Module):
                 f"{scales} scales need an image side that divides by {2 ** (scales - 1)}, got {image_size}: "
                 "crop or resize the images, or take fewer scales."
             )
+        if not widen > 0:
+            raise ValueError(f"widen must be more than 0, got {widen}.")
         if lam is not None and not 0 < lam < 0.5:
             raise ValueError(f"lam must lie between 0 and 1/2, or be None, got {lam}.")
         self.bits, self.shape = bits, (channels, image_size, image_size)
@@ -86,7 +90,7 @@ class MSFlow(nn.Module):
         for s, shape in enumerate(self.reading.shapes):
             cond = channels if s else 0
             if isinstance(field, str):
-                f = Field(field, shape[0], cond, width, depth)
+                f = Field(field, shape[0], cond, max(1, round(width / widen ** (scales - 1 - s))), depth)
             else:
                 f = field(shape[0], cond, shape[1])
             self.flows.append(CNF(f, shape, **options))

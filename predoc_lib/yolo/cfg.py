@@ -8,6 +8,7 @@ from predoc_lib.files import FileError
 from predoc_lib.naming import unknown
 
 LARGEST = 1 << 16  # of any option: a damaged one must not ask for all memory
+BYTES = 1 << 20  # of a file; YOLOv3's has 8,342
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,13 +74,18 @@ def read_cfg(path: Path) -> list[Section]:
     """The sections of a ``.cfg``, in order.
 
     Raises:
-        FileError: it is absent, or a line is neither empty, a comment, ``[section]`` nor ``option=value``.
+        FileError: it is absent, too large to be one, or a line is neither empty, a comment, ``[section]`` nor
+            ``option=value``.
     """
     path = Path(path)
     try:
-        lines = path.read_bytes().decode(errors="replace").splitlines()
+        with path.open("rb") as file:
+            content = file.read(BYTES + 1)
     except OSError as error:
         raise FileError(f"{path} cannot be read: {error.strerror}. Wanted: a Darknet .cfg file.") from error
+    if len(content) > BYTES:
+        raise FileError(f"{path} is larger than any .cfg file. Is it the .weights file?")
+    lines = content.decode(errors="replace").splitlines()
     sections: list[Section] = []
     for number, line in enumerate(lines, 1):
         line = line.strip()

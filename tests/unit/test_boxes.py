@@ -98,3 +98,15 @@ def test_yolo_fastest_finds_the_person_and_the_dog():
     assert {"person", "dog"} <= set(names)
     person = place.inverse(found.boxes)[names.index("person")]
     assert person.tolist() == pytest.approx([0.30, 0.22, 0.42, 0.87], abs=0.04)
+
+
+@pytest.mark.data
+def test_cocos_names_are_darknets_but_for_six_that_darknet_calls_otherwise():
+    file = catalog.root() / "yolo/coco.names"
+    if not os.environ.get("PREDOC_DATA") or not file.is_file():
+        pytest.skip("PREDOC_DATA names no folder that holds yolo/coco.names")
+    others = {
+        "motorcycle": "motorbike", "airplane": "aeroplane", "couch": "sofa", "potted plant": "pottedplant",
+        "dining table": "diningtable", "tv": "tvmonitor",
+    }  # fmt: skip
+    assert [others.get(name, name) for name in COCO] == file.read_text().split("\n")[:80]

@@ -9,8 +9,10 @@ import threading
 
 import pytest
 import torchvision
+from darknet_cfg import yolov3, yolov3_tiny
 
-from predoc_lib.data import catalog
+from predoc_lib.data import catalog, sources
+from predoc_lib.yolo import Darknet
 
 FILES = {f"MNIST/raw/{name}-ubyte": os.urandom(64) for name in ("train-images-idx3", "train-labels-idx1")}
 
@@ -114,6 +116,41 @@ def test_mnist_is_downloaded_by_torchvision_into_the_layout_the_catalogue_expect
     assert all((tmp_path / "got" / file).is_file() for file in files)
 
 
+def test_files_with_an_address_are_fetched_one_by_one(folder, tmp_path, monkeypatch):
+    (tmp_path / "there").mkdir()
+    files = {"yolo/a.cfg": b"[net]", "yolo/a.weights": b"1234"}
+    for file, content in files.items():
+        (tmp_path / "there" / os.path.basename(file)).write_bytes(content)
+    known = {file: (len(content), hashlib.sha256(content).hexdigest()) for file, content in files.items()}
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path / "there")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        entry = sources._detector("a", "a network", (address, address), *known.values())
+        assert entry.files == known
+        monkeypatch.setitem(catalog.DATASETS, "a", entry)
+        catalog.fetch("a")
+        server.shutdown()
+    assert {file: (folder / file).read_bytes() for file in files} == files
+    monkeypatch.setitem(catalog.DATASETS, "a", sources._detector("b", "another", (address, address), *known.values()))
+    with pytest.raises(catalog.DataError, match="a could not be fetched"):
+        catalog.fetch("a")
+
+
+@pytest.mark.parametrize(("name", "text"), [("yolov3", yolov3()), ("yolov3_tiny", yolov3_tiny())])
+def test_the_published_weights_have_the_size_that_the_network_takes(tmp_path, name, text):
+    (tmp_path / "net.cfg").write_text(text)
+    size, _ = catalog.DATASETS[name].files[f"yolo/{name.replace('_', '-')}.weights"]
+    assert size == 20 + 4 * Darknet(tmp_path / "net.cfg").numbers
+
+
+def test_data_that_nobody_can_fetch_says_how_to_get_it_and_use_its_path():
+    assert state("bdd100k") == "by path"
+    for use in (catalog.fetch, catalog.require, catalog.checksum):
+        with pytest.raises(catalog.DataError, match=r"bdd100k is yours to get: register at .* give the path"):
+            use("bdd100k")
+
+
 def test_a_file_is_hashed_once_in_a_process_unless_it_changes(folder, monkeypatch):
     catalog.fetch("mnist")
     hashed = []
@@ -134,3 +171,13 @@ def test_real_mnist_is_what_the_catalogue_says():
     if state("mnist") == "absent":
         pytest.skip(f"no MNIST in {catalog.root()}")
     assert len(torchvision.datasets.MNIST(catalog.require("mnist"), train=False)) == 10_000
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("name", ["udacity", "yolo_fastest", "yolo_fastest_xl", "yolov3_tiny", "yolov3"])
+def test_real_detectors_and_drives_are_what_the_catalogue_says(name):
+    if not os.environ.get("PREDOC_DATA"):
+        pytest.skip("PREDOC_DATA is not set")
+    if state(name) == "absent":
+        pytest.skip(f"no {name} in {catalog.root()}")
+    catalog.require(name)

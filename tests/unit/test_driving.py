@@ -8,7 +8,17 @@ from torch.nn import functional as F
 from torchvision.ops import box_iou, masks_to_boxes
 
 from predoc_lib.data import driving
-from predoc_lib.data.driving import CLASSES, MASK_CLASSES, VISIBLE, Scene
+from predoc_lib.data.driving import (
+    CLASSES,
+    FOCAL,
+    HEIGHT,
+    HORIZON,
+    INTERVAL,
+    MASK_CLASSES,
+    VISIBLE,
+    Scene,
+    Thing,
+)
 
 
 def warped(image, flow):
@@ -53,6 +63,75 @@ def test_flow_over_no_time_is_none_and_there_and_back_is_nothing():
     sure = seen & (warped(seen_back[None].float(), there)[0] > 0.99)
     assert sum_[sure].median() < 0.05
     assert (sum_[sure] < 0.5).float().mean() > 0.95
+
+
+def still(*things, **options):
+    """A scene of these things alone, seen by a camera that drives straight ahead at 10 m/s."""
+    scene = Scene(0, noise=0, **options)
+    scene.things, scene.speed, scene.sway, scene.turn = list(things), 10.0, 0.0, 0.0
+    return scene
+
+
+def board(x, z, vx=0.0, vz=0.0, kind="post", width=1.0, height=1.5):
+    return Thing(kind, x, z, vx, vz, width, height, (0.9, 0.1, 0.1), 0.0)
+
+
+@pytest.mark.parametrize("t", [0.0, 0.37, 2.5, 6.0])
+def test_a_box_is_where_a_pinhole_camera_sees_it(t):
+    """At any real time: u = w/2 + f x/z, v = horizon + f y/z, for the height y below the camera."""
+    h, w = size = 90, 160
+    objects = still(board(1.0, 20.0, vx=-0.8, vz=2.0, kind="truck", width=2.5, height=3.0), size=size).objects(t)
+    seconds = t * INTERVAL
+    x, z, f = 1.0 - 0.8 * seconds, 20.0 + (2.0 - 10.0) * seconds, FOCAL * w
+    u = [w / 2 + f * (x + side) / z for side in (-1.25, 1.25)]
+    v = [HORIZON * h + f * (HEIGHT - up) / z for up in (3.0, 0.0)]
+    assert objects.boxes[0].tolist() == pytest.approx([u[0] / w, v[0] / h, u[1] / w, v[1] / h], abs=1e-6)
+    assert CLASSES[objects.labels[0]] == "truck"
+
+
+def test_flow_of_a_board_and_of_the_ground_is_what_the_pinhole_camera_says():
+    scene, (t0, t1) = still(board(0.0, 12.0, vx=1.0, vz=6.0, width=2.0, height=2.0)), (0.5, 2.25)
+    h, w = scene.size
+    flow, seen = scene.flow(t0, t1)
+    owner, f = torch.from_numpy(scene._look(t1).owner), FOCAL * w
+    v, u = (a.double() + 0.5 for a in torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij"))
+    t0, t1 = t0 * INTERVAL, t1 * INTERVAL
+    z0, z1 = (12 + (6 - 10) * t for t in (t0, t1))
+    x, y = (u - w / 2) / f * z1, (v - HORIZON * h) / f * z1  # metres, of the board's point now
+    then = torch.stack([w / 2 + f * (x - (t1 - t0)) / z0, HORIZON * h + f * y / z0]) - torch.stack([u, v])
+    assert (flow - then)[:, owner == 0].abs().max() < 1e-4
+    assert seen[owner == 0].float().mean() > 0.9  # an edge is a pixel wide
+    z = f * HEIGHT / (v - HORIZON * h)
+    z0, x = z + 10 * (t1 - t0), (u - w / 2) / f * z
+    then = torch.stack([w / 2 + f * x / z0, HORIZON * h + f * HEIGHT / z0]) - torch.stack([u, v])
+    ground = (owner == -1) | (owner == -2)
+    assert (flow - then)[:, ground].abs().max() < 1e-3
+
+
+def test_what_hides_a_thing_is_counted_and_flow_knows_it():
+    """A near board covers half of a far one, then passes on: what appears was not seen before."""
+    near, far = board(-1.0, 8.0, width=2.0, vz=10.0, vx=-8.0), board(0.0, 16.0, 0.0, 10.0, "car", 3.2, 1.5)
+    scene = still(near, far, size=(192, 320))
+    a, b = scene.objects(0), scene.objects(4)
+    assert a.visible.tolist() == pytest.approx([0.5], abs=0.03)
+    assert b.visible.tolist() == pytest.approx([1.0], abs=0.03)  # two drawings differ at the edges
+    assert a.identities.tolist() == b.identities.tolist() == [1]
+    _, seen = scene.flow(0, 4)
+    mine = torch.from_numpy(scene._look(4.0).owner) == 1
+    left = mine & (torch.arange(320) < 160)
+    right = mine & (torch.arange(320) >= 160)
+    assert not seen[left].any()
+    assert seen[right].float().mean() > 0.95
+
+
+def test_dusk_is_darker_than_day():
+    for i in range(4):
+        scene = Scene(i)
+        light = []
+        for scene.dusk in (False, True):
+            scene._look.cache_clear()
+            light.append(scene.frame(0).float().mean())
+        assert light[1] < 0.75 * light[0]
 
 
 def test_a_seen_objects_box_is_the_box_of_its_pixels():

@@ -21,6 +21,16 @@ def test_a_run_leaves_darknets_files_that_are_as_good(tmp_path):
     assert {name: record["metrics"][name] for name in found} == pytest.approx(found)
 
 
+@pytest.mark.slow
+def test_the_recorded_detector_has_the_figures_of_its_record():
+    folder = results.RESULTS / "yolo_detector/road"
+    record = results.load(folder)
+    frames = draw_frames(record["config"]["n_test"], "test", (3.0,), record["seed"])
+    found = measure(load(folder).fused(), frames)
+    assert found == pytest.approx({name: record["metrics"][name] for name in found}, abs=1e-3)
+    assert found["map50"] >= 0.85
+
+
 def test_logits_that_say_the_truth_have_no_loss_and_learning_finds_a_box():
     """Gradient descent on the logits alone must end where decoding gives the true box and class."""
     network = Darknet(ROAD)

@@ -97,6 +97,13 @@ def test_bits_per_dim_of_the_laplacian_add_up_those_of_every_scales_own_image(co
     torch.testing.assert_close(found, -nats / (192 * math.log(2)), atol=1e-6, rtol=0)
 
 
+def test_a_finer_scales_network_is_wider_by_what_is_asked():
+    model = MSFlow(8, 3, 3, width=12, widen=2.0, depth=1)
+    assert [flow.f.net.enter.out_channels for flow in model.flows] == [3, 6, 12]
+    with pytest.raises(ValueError, match="widen must be more than 0, got 0"):
+        MSFlow(8, 3, 3, widen=0)
+
+
 @READINGS
 def test_an_untrained_flow_is_the_identity_on_whitened_bands(reading):
     """Known in closed form: each band a Gaussian of the channels' covariance; and at zero cost in training."""

@@ -1,5 +1,6 @@
 """Videos from files and folders."""
 
+import contextlib
 import os
 
 import av
@@ -12,18 +13,23 @@ from predoc_lib.data import catalog, read_video
 from predoc_lib.files import FileError
 
 
-@pytest.fixture
-def movie(tmp_path):
-    """Ten frames of 48 x 64 in H.264, each of one grey level, 20 higher than the one before."""
-    path = tmp_path / "movie.mp4"
+def film(path, n=10, width=64):
+    """n frames of 48 x width in H.264, each of one grey level, 20 higher than the one before."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream("h264", rate=25)
-        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
-        for i in range(10):
-            picture = np.full((48, 64, 3), 20 * i + 20, np.uint8)
+        stream.width, stream.height, stream.pix_fmt = width, 48, "yuv420p"
+        container.start_encoding()
+        for i in range(n):
+            picture = np.full((48, width, 3), 20 * i + 20, np.uint8)
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        container.mux(stream.encode())
+        if n:
+            container.mux(stream.encode())
     return path
+
+
+@pytest.fixture
+def movie(tmp_path):
+    return film(tmp_path / "movie.mp4")
 
 
 @pytest.fixture
@@ -88,6 +94,29 @@ def test_a_bad_video_is_refused_in_one_sentence(tmp_path, movie, folder):
     for options in ({"stride": 0}, {"start": -1}, {"start": 3, "stop": 3}):
         with pytest.raises(ValueError, match="read_video needs stride"):
             read_video(movie, **options)
+
+
+def test_a_file_whose_frames_change_their_size_is_refused(tmp_path):
+    parts = [film(tmp_path / f"{width}.h264", 5, width).read_bytes() for width in (64, 96)]
+    (tmp_path / "both.h264").write_bytes(b"".join(parts))
+    with pytest.raises(FileError, match=r"both\.h264 changes its size at frame 5, from 64 x 48 to 96 x 48"):
+        read_video(tmp_path / "both.h264")
+    assert len(read_video(tmp_path / "both.h264", stop=5)) == 5
+
+
+def test_a_file_without_frames_is_refused(tmp_path):
+    with pytest.raises(FileError, match=r"none\.mp4 holds no video"):
+        read_video(film(tmp_path / "none.mp4", 0))
+
+
+def test_a_damaged_video_is_an_error_or_frames(movie):
+    whole, rng = movie.read_bytes(), np.random.default_rng(0)
+    for _ in range(100):
+        content = np.frombuffer(whole, np.uint8).copy()
+        content[rng.integers(0, len(content), 4)] ^= 1 << rng.integers(0, 8, 4, dtype=np.uint8)
+        movie.write_bytes(content[: rng.choice([len(content), rng.integers(0, len(content))])].tobytes())
+        with contextlib.suppress(FileError):
+            assert read_video(movie).frames.shape[1] == 3
 
 
 @pytest.mark.data

@@ -1,0 +1,121 @@
+"""What is measured of predicted features: the boxes that the detector reads off them, against the true ones."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from predoc_lib.experiments.yolo_clips import AHEAD, CONTEXT, TRAINED, Unseen
+from predoc_lib.metrics import Boxes, mean_average_precision
+from predoc_lib.yolo import Darknet, Detections, non_max_suppression
+from predoc_lib.yolo.dynamics import Features, Predictor
+from predoc_lib.yolo.scoring import Matched, match
+
+RANKED = 0.01  # boxes above this confidence are ranked
+BATCH = 32
+SPANS = {"trained": (1, TRAINED), "beyond": (TRAINED + 1, int(AHEAD[-1]))}  # whole frames ahead, first and last
+Found = list[list[Detections]]  # [time][clip]
+
+
+@torch.no_grad()
+def boxes(network: Darknet, features: Features) -> list[Detections]:
+    """What the heads find in features [B, c, h, w]; the most that is ranked."""
+    return [found.cpu() for found in non_max_suppression(network.heads(features), confidence=RANKED)]
+
+
+@torch.no_grad()
+def predicted(network: Darknet, predictor: Predictor, unseen: Unseen) -> Found:
+    """What the heads find in predicted features at every time of ``AHEAD``."""
+    device = unseen.context[0].device
+    t, ahead = torch.arange(float(CONTEXT), device=device), AHEAD.to(device) + CONTEXT - 1
+    found: Found = [[] for _ in AHEAD]
+    for start in range(0, len(unseen), BATCH):
+        context = [x[start : start + BATCH].float() for x in unseen.context]
+        features = predictor.predict(context, t, ahead)
+        for i, at in enumerate(found):
+            at += boxes(network, [x[:, i] for x in features])
+    return found
+
+
+def detected(network: Darknet, unseen: Unseen) -> Found:
+    """What the heads find in the true frames' features: the ceiling."""
+    found = []
+    for i in range(len(AHEAD)):
+        parts = zip(*(x[:, i].split(BATCH) for x in unseen.future), strict=True)
+        found.append([one for part in parts for one in boxes(network, [x.float() for x in part])])
+    return found
+
+
+def measure(
+    network: Darknet, predictors: Mapping[str, Predictor], test: Unseen, validation: Unseen, labels_above: float
+) -> dict[str, Any]:
+    """Figures of predictors, and of the detector on the true future frames ("detector").
+
+    Returns:
+        "truth", if the true objects are known, and "own", against the detector's own boxes above ``labels_above``:
+        {frames ahead: {method: {"map50", "map"}}}. Of the truth, or else of the own boxes, "f1": {span: {method:
+        {"precision", "recall", "f1", "right", "false"}}} at the "threshold" of each method, which is the best on the
+        validation clips; "missed": {span: {...}}, see ``missed``.
+    """
+    found = {name: predicted(network, predictor, test) for name, predictor in predictors.items()}
+    found["detector"] = detected(network, test)
+    truths = {"own": [[one.above(labels_above) for one in at] for at in found["detector"]]}
+    if test.objects:
+        truths = {"truth": [list(at) for at in zip(*test.objects, strict=True)]} | truths
+    figures: dict[str, Any] = {
+        name: {f"{ahead:g}": _precision(found, truth, i) for i, ahead in enumerate(AHEAD.tolist())}
+        for name, truth in truths.items()
+    }
+    truth = next(iter(truths.values()))
+    held_out = {name: predicted(network, predictor, validation) for name, predictor in predictors.items()}
+    held_out["detector"] = detected(network, validation)
+    wanted = [[one.above(labels_above) for one in at] for at in held_out["detector"]]
+    if validation.objects:
+        wanted = [list(at) for at in zip(*validation.objects, strict=True)]
+    every = (1, int(AHEAD[-1]))
+    figures["threshold"] = {name: pooled(at, wanted, every).best_threshold() for name, at in held_out.items()}
+    figures["f1"], figures["missed"] = {}, {}
+    for span, ends in SPANS.items():
+        matched = {name: pooled(at, truth, ends) for name, at in found.items()}
+        figures["f1"][span] = {name: m.above(figures["threshold"][name]) for name, m in matched.items()}
+        if test.objects:
+            figures["missed"][span] = missed(matched, figures["threshold"])
+    return figures
+
+
+def _precision(found: dict[str, Found], truth: list[list[Boxes]], i: int) -> dict[str, dict[str, float]]:
+    rows = {name: mean_average_precision(at[i], truth[i]) for name, at in found.items()}
+    return {
+        name: {key: 0.0 if math.isnan(value) else value for key, value in row.items()} for name, row in rows.items()
+    }
+
+
+def pooled(found: Found, truth: list[list[Boxes]], ends: tuple[int, int]) -> Matched:
+    """The matches at all whole frames ahead from the first to the last of ``ends``."""
+    times = [i for i, ahead in enumerate(AHEAD.tolist()) if ahead.is_integer() and ends[0] <= ahead <= ends[1]]
+    return match([one for i in times for one in found[i]], [one for i in times for one in truth[i]])
+
+
+def missed(matched: dict[str, Matched], thresholds: dict[str, float]) -> dict[str, dict[str, float]]:
+    """Of the true objects that the detector misses on the true frame: how many each method finds, at which price.
+
+    Returns:
+        {method: {"found", "false", "lower"}}, and "detector": {"missed", "false"}. "false" are the method's false
+        boxes; "lower" is how many of the missed the detector itself finds on the true frame, at a threshold so low
+        that it has as many false boxes.
+    """
+    detector = matched["detector"]
+    hidden = detector.finds <= thresholds["detector"]
+    figures = {"detector": {"missed": int(hidden.sum()), "false": detector.above(thresholds["detector"])["false"]}}
+    wrong = detector.scores[~detector.right]
+    for name, m in matched.items():
+        if name == "detector":
+            continue
+        false = m.above(thresholds[name])["false"]
+        lower = float(wrong[false]) if false < len(wrong) else 0.0  # the first false box too many is not above it
+        figures[name] = {
+            "found": int((hidden & (m.finds > thresholds[name])).sum()), "false": false,
+            "lower": int((hidden & (detector.finds > min(lower, thresholds["detector"]))).sum()),
+        }  # fmt: skip
+    return figures

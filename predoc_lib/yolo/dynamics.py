@@ -1,0 +1,245 @@
+"""A detector's features through time: a recurrent encoder and a Neural ODE (report, section 5.1).
+
+    h_0 = encoder(C)                  the context C = {(x_i, t_i)}, features of the frames seen; h_0 is of the last one
+    d(h, s)/dt = f(h), s(t_0) = 0     the Neural ODE: in every cell a state h and how far it has moved, s
+    x(t) = x_0 moved by s(t) + decoder(h(t), s(t))
+
+x_0 are the last features seen. The decoder and ds/dt are zero at first: the untrained model is ``CopyLast``.
+"""
+
+from typing import Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from predoc_lib.ode import NeuralODE
+from predoc_lib.yolo.motion import splat
+
+Features = list[Float[Tensor, "B T _ _ _"]]  # one tensor a detection head: [B, T, c, h, w]
+Shapes = list[tuple[int, int, int]]
+PRIORITY = 6.0  # no cell has more than exp(2 * 6) times another's
+
+
+class Predictor(Protocol):
+    """What predicts features at other times."""
+
+    def predict(self, features: Features, t: Float[Tensor, " T"], t_query: Float[Tensor, " Q"]) -> Features:
+        """Features [B, Q, c, h, w] of each head at t_query, from those [B, T, c, h, w] at the times t."""
+        ...
+
+
+class CopyLast:
+    """Nothing moves: the last features seen."""
+
+    def predict(self, features: Features, t: Float[Tensor, " T"], t_query: Float[Tensor, " Q"]) -> Features:
+        """See ``Predictor``."""
+        return [x[:, -1:].expand(-1, len(t_query), -1, -1, -1) for x in features]
+
+
+class Extrapolation:
+    """Every number goes on along the line through its last two."""
+
+    def predict(self, features: Features, t: Float[Tensor, " T"], t_query: Float[Tensor, " Q"]) -> Features:
+        """See ``Predictor``."""
+        ahead = ((t_query - t[-1]) / (t[-1] - t[-2])).to(features[0])[:, None, None, None]
+        return [x[:, -1:] + ahead * (x[:, -1:] - x[:, -2:-1]) for x in features]
+
+
+class ConvGRUCell(nn.Module):
+    """A gated recurrent unit whose matrices are convolutions (Ballas et al. 2016); ``inputs`` may be 0."""
+
+    def __init__(self, inputs: int, width: int) -> None:
+        super().__init__()
+        self.gates = nn.Conv2d(inputs + width, 2 * width, 3, padding=1)
+        self.candidate = nn.Conv2d(inputs + width, width, 3, padding=1)
+
+    def forward(self, x: Float[Tensor, "B c h w"], h: Float[Tensor, "B W h w"]) -> Float[Tensor, "B W h w"]:
+        """The next state."""
+        reset, update = self.gates(torch.cat([x, h], 1)).sigmoid().chunk(2, 1)
+        new = self.candidate(torch.cat([x, reset * h], 1)).tanh()
+        return (1 - update) * h + update * new
+
+
+class Field(nn.Module):
+    """f: d(h, s)/dt, by convolutions of h; dh/dt stays in (-1, 1), so no solve explodes."""
+
+    def __init__(self, width: int, moves: bool) -> None:
+        super().__init__()
+        self.width = width
+        self.net = nn.Sequential(
+            nn.Conv2d(width, width, 3, padding=1), nn.SiLU(),
+            nn.Conv2d(width, width, 3, padding=2, dilation=2), nn.SiLU(),
+            nn.Conv2d(width, width + 2 * moves, 3, padding=1),
+        )  # fmt: skip
+        nn.init.zeros_(self.net[-1].weight[width:])
+        nn.init.zeros_(self.net[-1].bias[width:])
+
+    def forward(self, t: Tensor, z: Float[Tensor, "B _ h w"]) -> Float[Tensor, "B _ h w"]:
+        """dz/dt, z = (h, s)."""
+        change = self.net(z[:, : self.width])
+        return torch.cat([change[:, : self.width].tanh(), change[:, self.width :]], 1)
+
+
+class FeatureModel(nn.Module):
+    """What the ODE and its recurrent rival share: encoder, decoder, and the residual around the last features.
+
+    The heads' features, each channel in its own unit, meet on the finest head's grid. A ConvGRU reads them frame by
+    frame, with how fast they changed since the frame before.
+
+    Args:
+        shapes: of the heads' features, ``Darknet.shapes``; every side divides the finest head's.
+        width: channels of the state h.
+        moves: the state has a displacement s, by which the last features are moved; else they stay where they were.
+
+    Raises:
+        ValueError: sides that do not divide the finest head's, or a width below 1.
+    """
+
+    def __init__(self, shapes: Shapes, width: int = 48, moves: bool = True) -> None:
+        super().__init__()
+        self.shapes, self.width, self.moves = [tuple(shape) for shape in shapes], width, moves
+        self.grid = max(shape[1:] for shape in self.shapes)
+        if width < 1 or any(
+            side % own for shape in self.shapes for side, own in zip(self.grid, shape[1:], strict=True)
+        ):
+            raise ValueError(
+                f"width must be at least 1 and every head's sides must divide the finest's, got width={width} and "
+                f"{self.shapes}."
+            )
+        for k, shape in enumerate(self.shapes):
+            self.register_buffer(f"scale{k}", torch.ones(shape[0], 1, 1))
+        channels = sum(shape[0] for shape in self.shapes)
+        self.enter = nn.Sequential(nn.Conv2d(2 * channels, width, 1), nn.SiLU())
+        self.cell = ConvGRUCell(width, width)
+        self.priority = nn.Conv2d(width, 1, 1) if moves else None
+        self.mix = nn.Sequential(
+            nn.Conv2d(channels + width + 3 * moves, width, 1), nn.SiLU(),
+            nn.Conv2d(width, width, 3, padding=1), nn.SiLU(),
+        )  # fmt: skip
+        self.leave = nn.ModuleList()
+        for shape in self.shapes:
+            stride = (self.grid[0] // shape[1], self.grid[1] // shape[2])
+            last = nn.Conv2d(width, shape[0], 1)
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+            self.leave.append(nn.Sequential(nn.Conv2d(width, width, 3, stride, padding=1), nn.SiLU(), last))
+
+    @property
+    def scales(self) -> list[Float[Tensor, "c 1 1"]]:
+        """The unit of every channel of every head."""
+        return [getattr(self, f"scale{k}") for k in range(len(self.shapes))]
+
+    def set_scales(self, features: Features) -> None:
+        """Take each channel's root mean square as its unit."""
+        for scale, x in zip(self.scales, features, strict=True):
+            scale.copy_(x.float().square().mean((0, 1, 3, 4)).sqrt().clamp(min=1e-3)[:, None, None])
+
+    def meet(self, features: Features) -> Float[Tensor, "B T c h w"]:
+        """All heads' features in their units, on the finest grid."""
+        units = [(x / scale).flatten(0, 1) for x, scale in zip(features, self.scales, strict=True)]
+        met = torch.cat([F.interpolate(x, self.grid, mode="nearest") for x in units], 1)
+        return met.unflatten(0, features[0].shape[:2])
+
+    def encode(self, x: Float[Tensor, "B T c h w"], t: Float[Tensor, " T"]) -> Float[Tensor, "B W h w"]:
+        """The state h at the last of the times t, of features that met."""
+        h = x.new_zeros(len(x), self.width, *self.grid)
+        speed = torch.zeros_like(x[:, 0])
+        for i in range(len(t)):
+            if i:
+                speed = (x[:, i] - x[:, i - 1]) / (t[i] - t[i - 1])
+            h = self.cell(self.enter(torch.cat([x[:, i], speed], 1)), h)
+        return h
+
+    def decode(self, z: Float[Tensor, "Q B _ h w"], x: Float[Tensor, "B c h w"]) -> Features:
+        """Features at the times of the states z = (h, s), from the last ones seen."""
+        times = z.shape[:2]
+        z, x = z.flatten(0, 1), x.expand(len(z), *x.shape).flatten(0, 1)
+        h, known = z[:, : self.width], []
+        x = torch.cat([x, h], 1)
+        if self.moves:
+            x, arrival = splat(x, z[:, self.width :], PRIORITY * self.priority(h).tanh())
+            known = [arrival]
+        mixed, found = self.mix(torch.cat([x, *known], 1)), []
+        heads = x[:, : -self.width].split([shape[0] for shape in self.shapes], 1)
+        for head, shape, scale, layers in zip(heads, self.shapes, self.scales, self.leave, strict=True):
+            found.append((F.adaptive_avg_pool2d(head, shape[1:]) + layers(mixed)) * scale)
+        return [y.unflatten(0, times).transpose(0, 1) for y in found]
+
+    def start(self, h: Float[Tensor, "B W h w"]) -> Float[Tensor, "B _ h w"]:
+        """The state (h, s) at the context's end."""
+        return torch.cat([h, h.new_zeros(len(h), 2 * self.moves, *self.grid)], 1)
+
+    def predict(self, features: Features, t: Float[Tensor, " T"], t_query: Float[Tensor, " Q"]) -> Features:
+        """Features at other times.
+
+        Args:
+            features: of every head [B, T, c, h, w].
+            t: their times, in frames, increasing.
+            t_query: increasing times, none before the last of t.
+
+        Raises:
+            ValueError: features of another network, times that do not increase, or lie before the context's end.
+        """
+        self._check(features, t, t_query)
+        x = self.meet(features)
+        return self.ahead(self.encode(x, t), x[:, -1], t_query - t[-1])
+
+    def ahead(self, h: Float[Tensor, "B W h w"], x: Float[Tensor, "B c h w"], ahead: Float[Tensor, " Q"]) -> Features:
+        """Features so many frames ahead of the context's end, where the state is h and the features that met are x."""
+        raise NotImplementedError
+
+    def _check(self, features: Features, t: Tensor, t_query: Tensor) -> None:
+        wanted = [(len(t), *shape) for shape in self.shapes]
+        if [tuple(x.shape[1:]) for x in features] != wanted:
+            raise ValueError(
+                f"Features must be [B, T, c, h, w] with (T, c, h, w) of {wanted}, got "
+                f"{[list(x.shape) for x in features]}."
+            )
+        if not (len(t) and len(t_query)) or (t.diff() <= 0).any() or (t_query.diff() <= 0).any() or t_query[0] < t[-1]:
+            raise ValueError(
+                f"Times must increase, and t_query must not begin before the last of t, got t={t.tolist()} and "
+                f"t_query={t_query.tolist()}."
+            )
+
+
+class FeatureODE(FeatureModel):
+    """Between and beyond the frames the state follows the Neural ODE; ``step_size``, in frames, is the solver's."""
+
+    def __init__(self, shapes: Shapes, width: int = 48, moves: bool = True, step_size: float = 1.0) -> None:
+        super().__init__(shapes, width, moves)
+        self.ode = NeuralODE(Field(width, moves), method="midpoint", step_size=step_size)
+
+    def ahead(self, h: Float[Tensor, "B W h w"], x: Float[Tensor, "B c h w"], ahead: Float[Tensor, " Q"]) -> Features:
+        """See ``FeatureModel``."""
+        times = ahead if ahead[0] == 0 else torch.cat([ahead.new_zeros(1), ahead])
+        return self.decode(self.ode(self.start(h), times)[len(times) - len(ahead) :], x)
+
+
+class FeatureGRU(FeatureModel):
+    """The rival: a ConvGRU steps from whole frame to whole frame; features between two lie on the line between them."""
+
+    def __init__(self, shapes: Shapes, width: int = 48, moves: bool = False) -> None:
+        super().__init__(shapes, width, moves)
+        self.step = ConvGRUCell(0, width)
+        self.velocity = nn.Conv2d(width, 2, 3, padding=1) if moves else None
+        if moves:
+            nn.init.zeros_(self.velocity.weight)
+            nn.init.zeros_(self.velocity.bias)
+
+    def ahead(self, h: Float[Tensor, "B W h w"], x: Float[Tensor, "B c h w"], ahead: Float[Tensor, " Q"]) -> Features:
+        """See ``FeatureModel``."""
+        z, states = self.start(h), []
+        for _ in range(int(ahead[-1].ceil()) + 1):
+            states.append(z)
+            h, s = z[:, : self.width], z[:, self.width :]
+            h = self.step(h[:, :0], h)
+            z = torch.cat([h, s + self.velocity(h) if self.moves else s], 1)
+        # Only the frames that are asked for, or lie beside a time that is, need decoding.
+        low, high = ahead.floor().long(), ahead.ceil().long()
+        needed, place = torch.unique(torch.cat([low, high]), return_inverse=True)
+        whole = self.decode(torch.stack([states[i] for i in needed.tolist()]), x)
+        share = (ahead - low).to(x)[:, None, None, None]
+        before, after = place.chunk(2)
+        return [(1 - share) * y[:, before] + share * y[:, after] for y in whole]
