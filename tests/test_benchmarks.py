@@ -16,6 +16,7 @@ from predoc_lib.results import ROOT
         ("msflow", ["--quick"], 3),
         ("latent_ode", ["--rounds", "1", "--batch-size", "2"], 1),
         ("precision", ["--quick"], 1),
+        ("yolo", ["--rounds", "1", "--sizes", "96", "--cfg", ROOT / "predoc_lib/yolo/road.cfg"], 1),
     ],
 )
 def test_a_benchmark_prints_ratios_and_writes_where_they_come_from(tmp_path, name, options, tables):

@@ -1,5 +1,6 @@
 """Fill in what the README takes from recorded runs, its table and its picture: ``python tools/readme.py``."""
 
+import dataclasses
 import re
 
 import torch
@@ -7,33 +8,43 @@ import torch
 from predoc_lib import figures, results
 from predoc_lib.baselines import cross_fade
 from predoc_lib.data import moving_digits
-from predoc_lib.experiments import latent_ode
+from predoc_lib.experiments import latent_ode, msflow
+from predoc_lib.experiments.config import build
 
 README, RUNS = results.ROOT / "README.md", results.RESULTS / "latent_ode"
 BLOCK = re.compile(r"(<!-- from results, by tools/readme.py -->\n).*?(<!-- end -->)", re.DOTALL)
-COMMANDS = {  # what, command, the recorded run that tells what to expect
-    "One training notebook, by hand": ("predoc train latent_ode -p preset=book", "digits32-1-stride1-ode-seed0"),
-    "On real data": (
-        "predoc train latent_ode -p dataset=mnist -p canvas=64 -p width=192 -p content=48 -p steps=4000",
-        "mnist64-1-stride1-ode-seed0",
-    ),
-    "On a GPU, at the report's size": ("predoc train latent_ode -p preset=thesis -p device=cuda", "mnist64-thesis"),
+EXPERIMENTS = {"latent_ode": latent_ode, "msflow": msflow}
+COMMANDS = {  # what, and the recorded run that tells what to expect
+    "One training notebook, by hand": ("latent_ode", "digits32-1-stride1-ode-seed0"),
+    "On real data": ("latent_ode", "mnist64-1-stride1-ode-seed0"),
+    "On a GPU": ("msflow", "cifar10_subset-haar-flow_matching-h200"),
 }
+
+
+def command(experiment: str, config: dict) -> str:
+    """What makes a run with this config again."""
+    book = dataclasses.asdict(build(EXPERIMENTS[experiment].Config, "book"))
+    changed = {name: value for name, value in config.items() if value != book[name]} or {"preset": "book"}
+    return " ".join([f"predoc train {experiment}", *(f"-p {name}={value}" for name, value in changed.items())])
+
+
+def figure(experiment: str, metrics: dict) -> str:
+    """The figure to expect, beside what is simpler."""
+    if experiment == "latent_ode":
+        psnr = {method: m["psnr"] for method, m in metrics["prediction"].items()}
+        return f"{psnr['ode']:.1f} dB (mean image {psnr['mean image']:.1f}, copy-last {psnr['copy-last']:.1f})"
+    m = metrics["test"]
+    return f"{m['bits_per_dim']:.2f} bits/dim (Gaussian scale mixture {m['mixture']:.2f}, WebP {m['webp']:.2f})"
 
 
 def table() -> str:
     """The README's table of commands, with minutes, device and the figure to expect."""
     rows = []
-    for what, (command, run) in COMMANDS.items():
-        if (RUNS / run).exists():
-            r = results.load(RUNS / run)
-            psnr = {method: m["psnr"] for method, m in r["metrics"]["prediction"].items()}
-            took = f"{r['wall_time_s'] / 60:.0f} minutes, {r['device']}"
-            expect = f"{psnr['ode']:.1f} dB (mean image {psnr['mean image']:.1f}, copy-last {psnr['copy-last']:.1f})"
-        else:
-            took = expect = "no run is recorded yet"
-        rows.append([what, f"`{command}`", took, expect])
-    return results.table(["what", "command", "took", "frames 11 to 20"], rows)
+    for what, (experiment, run) in COMMANDS.items():
+        r = results.load(results.RESULTS / experiment / run)
+        took = f"{r['wall_time_s'] / 60:.0f} minutes, {r['device']}"
+        rows.append([what, f"`{command(experiment, r['config'])}`", took, figure(experiment, r["metrics"])])
+    return results.table(["what", "command", "took", "figure to expect"], rows)
 
 
 def filled(text: str) -> str:

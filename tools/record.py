@@ -92,9 +92,14 @@ def msflow() -> dict[str, dict]:
         "photos16-haar-flow_matching-seed0": fast,
         "photos16-haar-flow_matching-long": large | {"steps": 10_000},
         "cifar10_subset-haar-flow_matching": large | cifar | {"frechet": 512, "evaluate_every": 400},
+        "cifar10_subset-haar-flow_matching-h200": large | cifar | GPU,
     } | race()
 
 
+GPU = {
+    "width": 256, "widen": 1.3333, "depth": 6, "batch_size": 256, "learning_rate": 1e-3, "compile": True,
+    "steps": 2640, "evaluate_every": 660, "device": "cuda",
+}  # fmt: skip
 RATES = (1e-3, 3e-3, 1e-2)
 # The width of a single scale makes it as large as three scales are. Steps of a trial run, and of the run itself.
 RACERS = {
@@ -156,7 +161,10 @@ def yolo_dynamics() -> dict[str, dict]:
     for name in runs:
         if "gru-seed" in name:
             runs[name] |= {"moves": False}
-    return {name: run | {"steps": 2000} for name, run in runs.items()}
+    runs = {name: run | {"steps": 2000} for name, run in runs.items()}
+    real = {"video": "driving/solidWhiteRight.mp4", "detector": "yolo/yolo-fastest-1.1.cfg", "steps": 150}
+    runs |= {"highway-ode": real, "highway-gru": real | {"dynamics": "gru", "moves": False}}
+    return runs
 
 
 PLANS = {

@@ -90,7 +90,16 @@ class Letterbox:
 
 
 def letterbox(images: Float[Tensor, "B C H W"], size: tuple[int, int]) -> tuple[Float[Tensor, "B C h w"], Letterbox]:
-    """Resize images with their proportions kept, and pad them with grey to (height, width)."""
+    """Resize images with their proportions kept, and pad them with grey to (height, width).
+
+    Raises:
+        ValueError: images that are no floats, have no pixel, or are no batch.
+    """
+    if not images.is_floating_point() or images.dim() != 4 or not all(images.shape[2:]):
+        raise ValueError(
+            f"Images must be floats in [0, 1], [B, C, H, W], got {images.dtype} {list(images.shape)}: divide uint8 "
+            "levels by 255."
+        )
     h, w = images.shape[2:]
     scale = min(size[0] / h, size[1] / w)
     inner = max(1, round(h * scale)), max(1, round(w * scale))

@@ -62,6 +62,13 @@ def test_a_letterbox_is_undone(size):
     assert place.inverse(torch.tensor([[-1.0, -1, 2, 2]])).tolist() == [[0, 0, 1, 1]]
 
 
+@pytest.mark.usefixtures("as_shipped")
+def test_a_letterbox_of_another_type_or_size_is_refused():
+    for image in (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), torch.zeros(3, 8, 8), torch.zeros(1, 3, 0, 8)):
+        with pytest.raises(ValueError, match=r"floats in \[0, 1\], \[B, C, H, W\], got torch.*divide uint8"):
+            letterbox(image, (32, 32))
+
+
 def test_average_precision_of_cases_known_by_hand():
     truth = boxes_of((0, 0, 0.5, 0.5, 1, 0), (0.5, 0.5, 1, 1, 1, 0))
     both = boxes_of((0, 0, 0.5, 0.5, 0.9, 0), (0.5, 0.5, 1, 1, 0.8, 0))

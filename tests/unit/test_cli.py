@@ -135,7 +135,7 @@ def test_list_shows_every_parameter_its_presets_and_its_meaning_in_120_columns(p
         (
             ["data", "minst"],
             "Unknown data set 'minst'. Did you mean 'mnist'? Valid: digits, mnist, photos, driving, cifar10, "
-            "cifar10_subset.",
+            "cifar10_subset, udacity, bdd100k, yolo_fastest, yolo_fastest_xl, yolov3_tiny, yolov3.",
         ),
     ],
 )
