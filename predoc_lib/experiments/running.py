@@ -36,7 +36,8 @@ def experiment(name: str) -> Callable:
             config: Any, folder: Path | None = None, progress: bool | None = None, num_processes: int = 1
         ) -> Record | None:
             config.require_data()
-            config.require_machine(int(os.environ.get("WORLD_SIZE", num_processes)))
+            if "RANK" not in os.environ:  # else the processes are there, and may be on several machines
+                config.require_machine(num_processes)
             results.revision()  # of the code that runs, not of what the files have become when it is done
             if num_processes > 1 and "RANK" not in os.environ:
                 return _launch(run, config, folder, progress, num_processes)
