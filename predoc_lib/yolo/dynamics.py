@@ -7,7 +7,7 @@
 x_0 are the last features seen. The decoder and ds/dt are zero at first: the untrained model is ``CopyLast``.
 """
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -22,6 +22,7 @@ Shapes = list[tuple[int, int, int]]
 PRIORITY = 6.0  # no cell has more than exp(2 * 6) times another's
 
 
+@runtime_checkable
 class Predictor(Protocol):
     """What predicts features at other times."""
 
