@@ -1,0 +1,160 @@
+"""Models of features through time: what they are before training, and what time means to them."""
+
+import pytest
+import torch
+
+from predoc_lib.yolo.dynamics import CopyLast, Extrapolation, FeatureGRU, FeatureODE, Field
+
+SHAPES = [(5, 2, 3), (4, 4, 6)]
+SEEN = torch.arange(3.0, dtype=torch.float64)
+MODELS = [(FeatureODE, True), (FeatureODE, False), (FeatureGRU, True), (FeatureGRU, False)]
+models = pytest.mark.parametrize(("kind", "moves"), MODELS)
+
+
+def features(t=3, batch=2):
+    return [torch.randn(batch, t, *shape, dtype=torch.float64) for shape in SHAPES]
+
+
+def small(kind, moves, **options):
+    return kind(SHAPES, width=6, moves=moves, **options).double()
+
+
+def trained(kind, moves, **options):
+    """As if trained: no parameter is zero."""
+    model = small(kind, moves, **options)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.2 * torch.randn_like(p))
+    return model
+
+
+def times(*values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def close(found, wanted, tol=1e-9):
+    for x, y in zip(found, wanted, strict=True):
+        torch.testing.assert_close(x, y, atol=tol, rtol=0)
+
+
+@models
+def test_the_untrained_model_is_copy_last(kind, moves):
+    x, query = features(), times(2.0, 2.5, 4.0, 7.75)
+    model = small(kind, moves)
+    model.set_scales(x)
+    close(model.predict(x, SEEN, query), CopyLast().predict(x, SEEN, query))
+
+
+@models
+def test_a_changed_model_is_not(kind, moves):
+    x, query = features(), times(3.0)
+    found = trained(kind, moves).predict(x, SEEN, query)
+    assert min((a - b).abs().max() for a, b in zip(found, CopyLast().predict(x, SEEN, query), strict=True)) > 0.01
+
+
+def test_extrapolation_goes_on_along_the_line_of_the_last_two():
+    x = [torch.randn(2, 1, *shape, dtype=torch.float64) for shape in SHAPES]
+    speed = [torch.randn_like(y) for y in x]
+    t, query = times(0.0, 1.0, 3.0), times(3.0, 3.5, 9.0)
+    line = [[y + v * at[:, None, None, None] for y, v in zip(x, speed, strict=True)] for at in (t, query)]
+    close(Extrapolation().predict(line[0], t, query), line[1])
+
+
+@pytest.mark.parametrize("moves", [True, False])
+def test_the_odes_features_do_not_depend_on_which_other_times_are_asked(moves):
+    x = features()
+    gaps = []
+    for step in (0.5, 0.05):
+        model = trained(FeatureODE, moves, step_size=step)
+        if gaps:
+            model.load_state_dict(weights)
+        weights = model.state_dict()
+        alone = model.predict(x, SEEN, times(4.0))
+        among = model.predict(x, SEEN, times(2.0, 2.3, 3.1, 4.0, 5.0))
+        gaps.append(max((a[:, 0] - b[:, 3]).abs().max().item() for a, b in zip(alone, among, strict=True)))
+    assert gaps[1] < 1e-3, "but for the solver's error"
+    assert gaps[1] < gaps[0] / 5
+
+
+def test_what_follows_the_time_asked_for_changes_nothing():
+    x, model = features(), trained(FeatureODE, True)
+    close(model.predict(x, SEEN, times(3.0)), [y[:, :1] for y in model.predict(x, SEEN, times(3.0, 3.4, 8.0))])
+
+
+@models
+def test_only_differences_of_times_count(kind, moves):
+    x, model = features(), trained(kind, moves)
+    close(model.predict(x, SEEN, times(2.5, 4.0)), model.predict(x, SEEN + 7, times(9.5, 11.0)))
+
+
+@pytest.mark.parametrize("moves", [True, False])
+def test_the_gru_between_two_frames_is_on_the_line_between_them(moves):
+    x, model = features(), trained(FeatureGRU, moves)
+    before, after = (model.predict(x, SEEN, times(t)) for t in (4.0, 5.0))
+    close(model.predict(x, SEEN, times(4.5)), [(a + b) / 2 for a, b in zip(before, after, strict=True)])
+    close(model.predict(x, SEEN, times(4.25)), [0.75 * a + 0.25 * b for a, b in zip(before, after, strict=True)])
+
+
+def test_the_ode_between_two_frames_is_not():
+    x, model = features(), trained(FeatureODE, True)
+    before, half, after = (model.predict(x, SEEN, times(t)) for t in (4.0, 4.5, 5.0))
+    mean = [(a + b) / 2 for a, b in zip(before, after, strict=True)]
+    assert max((a - b).abs().max() for a, b in zip(half, mean, strict=True)) > 1e-3
+
+
+def test_rivals_have_equal_parameters():
+    sizes = [sum(p.numel() for p in kind(SHAPES, 48, moves).parameters()) for kind, moves in MODELS]
+    assert max(sizes) < 1.02 * min(sizes)
+
+
+def test_nothing_in_the_state_explodes():
+    field = Field(6, True).double()
+    with torch.no_grad():
+        for p in field.parameters():
+            p.mul_(50)
+    change = field(times(0.0)[0], 100 * torch.randn(2, 8, 4, 6, dtype=torch.float64))
+    assert (change[:, :6].abs() <= 1).all()
+
+
+def test_every_channel_is_measured_by_its_root_mean_square():
+    x, model = features(t=50), small(FeatureODE, True)
+    model.set_scales([y * (1 + torch.arange(y.shape[2])[:, None, None]) for y in x])
+    for scale in model.scales:
+        wanted = 1 + torch.arange(len(scale)).double()
+        assert (scale.flatten() / wanted - 1).abs().max() < 0.15
+
+
+@models
+def test_every_parameter_learns(kind, moves):
+    model = trained(kind, moves)
+    found = model.predict(features(), SEEN, times(3.0, 4.0))
+    sum(y.square().sum() for y in found).backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+@pytest.mark.usefixtures("as_shipped")
+@pytest.mark.parametrize(
+    ("t", "query"),
+    [([0, 1, 1], [3]), ([0, 2, 1], [3]), ([0, 1, 2], [4, 3]), ([0, 1, 2], [1.5]), ([0, 1, 2], [])],
+)
+def test_times_that_cannot_be_are_refused(t, query):
+    with pytest.raises(ValueError, match="Times must increase, and t_query must not begin before"):
+        small(FeatureODE, True).predict(features(), times(*t), times(*query))
+
+
+@pytest.mark.usefixtures("as_shipped")
+def test_features_of_another_network_are_refused_with_both_shapes():
+    model = small(FeatureODE, True)
+    wrong = [x[:, :, :3] for x in features()]
+    with pytest.raises(ValueError, match=r"Features must be .*\(3, 5, 2, 3\).* got \[\[2, 3, 3, 2, 3\]"):
+        model.predict(wrong, SEEN, times(3.0))
+    with pytest.raises(ValueError, match="Features must be"):
+        model.predict(features()[:1], SEEN, times(3.0))
+    with pytest.raises(ValueError, match="Features must be"):
+        model.predict(features(t=2), SEEN, times(3.0))
+
+
+@pytest.mark.parametrize(("shapes", "width"), [([(5, 3, 3), (4, 4, 6)], 6), (SHAPES, 0)])
+def test_grids_that_do_not_meet_and_no_state_are_refused(shapes, width):
+    with pytest.raises(ValueError, match="width must be at least 1 and every head's sides must divide the finest's"):
+        FeatureODE(shapes, width)

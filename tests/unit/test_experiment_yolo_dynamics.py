@@ -1,0 +1,106 @@
+"""The experiment end to end, very small, and what it says to bad input."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from predoc_lib import results
+from predoc_lib.data import driving
+from predoc_lib.experiments.config import ConfigError
+from predoc_lib.experiments.yolo_clips import AHEAD, Clips, video_unseen
+from predoc_lib.experiments.yolo_dynamics import Config, data_of, load, load_detector, run
+from predoc_lib.experiments.yolo_measures import measure
+from predoc_lib.files import FileError
+from predoc_lib.yolo.dynamics import CopyLast, Extrapolation
+
+TINY = Config(steps=2, batch_size=2, n_train=2, n_test=2, width=4, device="cpu")
+
+
+def counted(frames, drives=1):
+    """Features that say which frame of which drive they are."""
+    at = 100.0 * torch.arange(drives)[:, None] + torch.arange(frames)
+    return [at[:, :, None, None, None].expand(-1, -1, 2, 1, 1)]
+
+
+@pytest.mark.parametrize("dynamics", ["ode", "gru"])
+def test_a_run_leaves_a_record_and_weights_that_measure_the_same(tmp_path, dynamics):
+    config = Config(**vars(TINY) | {"dynamics": dynamics, "gradient_weight": 0.5})
+    record = run(config, tmp_path / "run", progress=False)
+    assert results.load(tmp_path / "run") == record
+    assert set(record["metrics"]["truth"]) == {f"{t:g}" for t in AHEAD.tolist()}
+    model, network, again = load(tmp_path / "run")
+    assert again == config
+    _, validation, test = data_of(config, network)
+    predictors = {dynamics: model, "copy-last": CopyLast(), "extrapolation": Extrapolation()}
+    found = measure(network, predictors, test, validation, config.labels_above)
+    flat, wanted = results.figures({"metrics": found}), results.figures(record)
+    assert {name: wanted[name] for name in flat} == pytest.approx(flat, abs=1e-6)
+
+
+def test_clips_are_all_runs_of_frames_a_stride_apart():
+    clips = Clips(counted(9, drives=2), 3, 2)
+    assert len(clips) == 2 * 5
+    rows = clips.__getitems__(list(range(10)))[0][:, :, 0, 0, 0].tolist()
+    assert rows == [[d + s, d + s + 2, d + s + 4] for d in (0, 100) for s in range(5)]
+
+
+def test_a_videos_unseen_clips_have_frames_half_way():
+    unseen = video_unseen(counted(40), stride=4)
+    context, future = unseen.context[0][0, :, 0, 0, 0], unseen.future[0][0, :, 0, 0, 0]
+    assert context.tolist() == [0, 4, 8]
+    assert future.tolist() == [8 + 4 * t for t in AHEAD.tolist()]
+    assert unseen.objects is None
+
+
+def test_an_odd_stride_is_refused():
+    with pytest.raises(ConfigError, match="'stride' must be even: frames half-way are measured too. Got 3"):
+        Config(stride=3)
+
+
+def test_a_video_that_is_shorter_than_a_clip_is_refused(tmp_path):
+    with pytest.raises(FileError, match="A clip takes 21 frames, there are 20: take a smaller stride, or a longer"):
+        Clips(counted(20), 6, 4)
+    scene = driving(1)[0]
+    for i in range(8):
+        Image.fromarray(scene.frame(i).movedim(0, -1).numpy()).save(tmp_path / f"{i}.png")
+    with pytest.raises(FileError, match="A clip takes"):
+        run(Config(**vars(TINY) | {"video": str(tmp_path)}), progress=False)
+
+
+def test_a_folder_of_frames_is_a_video(tmp_path):
+    scene = driving(1, "validation")[0]
+    for i in range(64):
+        Image.fromarray(scene.frame(i / 4).movedim(0, -1).numpy()).save(tmp_path / f"{i:03}.png")
+    record = run(Config(**vars(TINY) | {"video": str(tmp_path), "stride": 2}), progress=False)
+    assert "truth" not in record["metrics"]
+    assert record["metrics"]["missed"] == {"trained": {}, "beyond": {}} or not any(record["metrics"]["missed"].values())
+    assert all(row["detector"]["map50"] in (0.0, pytest.approx(1.0)) for row in record["metrics"]["own"].values())
+    assert len(record["data"]["sha256"]) == 64
+
+
+def test_an_absent_detector_is_named():
+    with pytest.raises(FileError, match="nowhere"):
+        load_detector(Config(detector="nowhere.cfg"))
+
+
+@pytest.mark.parametrize("name", ["road-ode-seed0", "road-gru-seed0"])
+def test_recorded_weights_are_better_than_copy_last(name):
+    """A few drives do not give the record's figures, but they tell a trained model from none."""
+    model, network, config = load(results.RESULTS / "yolo_dynamics" / name)
+    _, _, test = data_of(Config(**vars(config) | {"n_train": 1, "n_test": 6}), network)
+    figures = measure(network, {"model": model, "copy": CopyLast()}, test, test, config.labels_above)["truth"]
+    gain = np.mean([figures[t]["model"]["map50"] - figures[t]["copy"]["map50"] for t in ("2", "3", "6")])
+    assert gain > 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["road-ode-seed0", "road-gru-seed0"])
+def test_recorded_weights_have_the_figures_of_their_record(name):
+    folder = results.RESULTS / "yolo_dynamics" / name
+    model, network, config = load(folder)
+    _, validation, test = data_of(Config(**vars(config) | {"n_train": 1}), network)
+    found = measure(network, {config.dynamics: model}, test, validation, config.labels_above)["truth"]
+    recorded = results.load(folder)["metrics"]["truth"]
+    for t in found:
+        assert found[t][config.dynamics]["map50"] == pytest.approx(recorded[t][config.dynamics]["map50"], abs=5e-3)

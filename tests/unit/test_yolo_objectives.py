@@ -1,0 +1,65 @@
+"""What predicted features are trained with, against closed forms."""
+
+import pytest
+import torch
+from torch.distributions import Bernoulli, kl_divergence
+
+from predoc_lib.yolo import ROAD, Darknet
+from predoc_lib.yolo.objectives import divergence, gradient_difference, heads_loss, mse
+
+
+@pytest.fixture(scope="module")
+def network():
+    torch.manual_seed(1)
+    return Darknet(ROAD).eval().double().requires_grad_(False)
+
+
+def features(network, batch=2):
+    return [3 * torch.randn(batch, *shape, dtype=torch.float64) for shape in network.shapes]
+
+
+def test_equal_features_have_no_loss(network):
+    x = features(network)
+    assert all(abs(part) < 1e-12 for part in heads_loss(network, x, x).values())
+
+
+def test_other_features_have_a_loss_in_each_part(network):
+    parts = heads_loss(network, features(network), features(network))
+    assert all(part > 1e-3 for part in parts.values())
+    assert parts["loss"] == pytest.approx(5 * parts["box"] + parts["object"] + parts["kind"])
+
+
+def test_descending_the_loss_of_the_heads_brings_back_what_they_find(network):
+    true = features(network, 1)
+    x = [(y + 0.5 * torch.randn_like(y)).requires_grad_() for y in true]
+    optimizer = torch.optim.Adam(x, lr=0.02)
+    losses = []
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss = heads_loss(network, x, true)["loss"]
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.1 * losses[0]
+
+
+def test_the_divergence_is_that_of_bernoulli_variables():
+    x, y = 4 * torch.randn(2, 50, dtype=torch.float64)
+    wanted = kl_divergence(Bernoulli(logits=y), Bernoulli(logits=x))
+    torch.testing.assert_close(divergence(x, y), wanted, atol=1e-10, rtol=0)
+    assert torch.isfinite(divergence(torch.tensor([800.0]), torch.tensor([-800.0]))).all()
+
+
+def test_the_mean_squared_error_counts_every_number_once_in_its_unit():
+    x, y = [torch.ones(2, 3, 2, 1), torch.full((2, 3, 1, 1), 5.0)], [torch.zeros(2, 3, 2, 1), torch.ones(2, 3, 1, 1)]
+    scales = [torch.tensor([0.5])[:, None, None], torch.tensor([2.0])[:, None, None]]
+    assert mse(x, y, scales) == pytest.approx((12 * 4 + 6 * 4) / 18)
+
+
+def test_the_gradient_difference_sees_edges_and_no_shift_of_the_level():
+    flat = [torch.zeros(1, 1, 2, 3)]
+    edge = [torch.tensor([[0.0, 0.0, 1.0], [0.0, 0.0, 1.0]])[None, None]]
+    one = [torch.ones(1, 1, 1)]
+    # Two of the seven steps between neighbours, four along the rows and three down, have height 1.
+    assert gradient_difference(edge, flat, one) == pytest.approx(2 / 7)
+    assert gradient_difference([x + 4 for x in edge], edge, one) == 0
