@@ -51,14 +51,15 @@ def test_the_divergence_is_that_of_bernoulli_variables():
 
 
 def test_the_mean_squared_error_counts_every_number_once_in_its_unit():
-    x, y = [torch.ones(2, 3, 2, 1), torch.full((2, 3, 1, 1), 5.0)], [torch.zeros(2, 3, 2, 1), torch.ones(2, 3, 1, 1)]
+    x = [torch.ones(2, 3, 1, 2, 1), torch.full((2, 3, 1, 1, 1), 5.0)]
+    y = [torch.zeros(2, 3, 1, 2, 1), torch.ones(2, 3, 1, 1, 1)]
     scales = [torch.tensor([0.5])[:, None, None], torch.tensor([2.0])[:, None, None]]
     assert mse(x, y, scales) == pytest.approx((12 * 4 + 6 * 4) / 18)
 
 
 def test_the_gradient_difference_sees_edges_and_no_shift_of_the_level():
-    flat = [torch.zeros(1, 1, 2, 3)]
-    edge = [torch.tensor([[0.0, 0.0, 1.0], [0.0, 0.0, 1.0]])[None, None]]
+    flat = [torch.zeros(1, 1, 1, 2, 3)]
+    edge = [torch.tensor([[0.0, 0.0, 1.0], [0.0, 0.0, 1.0]])[None, None, None]]
     one = [torch.ones(1, 1, 1)]
     # Two of the seven steps between neighbours, four along the rows and three down, have height 1.
     assert gradient_difference(edge, flat, one) == pytest.approx(2 / 7)
