@@ -20,7 +20,9 @@ def features(network, batch=2):
 
 def test_equal_features_have_no_loss(network):
     x = features(network)
-    assert all(abs(part) < 1e-5 for part in heads_loss(network, x, x).values()), "but for torchvision's epsilon"
+    parts = heads_loss(network, x, x)
+    assert parts["object"] == parts["kind"] == 0
+    assert parts["box"] < 1e-3, "torchvision adds an epsilon to the areas, which small boxes feel"
 
 
 def test_other_features_have_a_loss_in_each_part(network):
