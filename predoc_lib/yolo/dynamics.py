@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from predoc_lib.ode import NeuralODE
 from predoc_lib.yolo.motion import splat
 
-Features = list[Float[Tensor, "B T _ _ _"]]  # one tensor a detection head: [B, T, c, h, w]
+Features = list[Float[Tensor, "_ _ _ _ _"]]  # one tensor a detection head: [B, T, c, h, w]
 Shapes = list[tuple[int, int, int]]
 PRIORITY = 6.0  # no cell has more than exp(2 * 6) times another's
 

@@ -10,7 +10,7 @@ from predoc_lib.yolo.motion import FIRM, splat
 
 def in_loops(x, displacement, priority):
     """One map's features and what arrived, cell by cell."""
-    c, h, w = x.shape
+    h, w = x.shape[1:]
     total, weights, off = torch.zeros_like(x), torch.zeros(1, h, w).to(x), torch.zeros(2, h, w).to(x)
     for i in range(h):
         for j in range(w):
@@ -22,7 +22,7 @@ def in_loops(x, displacement, priority):
                         weight = near * math.exp(float(priority[0, i, j]))
                         total[:, row, column] += weight * x[:, i, j]
                         weights[0, row, column] += weight
-                        off[:, row, column] += weight * torch.tensor([to_x - column, to_y - row]).to(x)
+                        off[:, row, column] += weight * torch.tensor([to_x - column, to_y - row], dtype=x.dtype)
     return (total + FIRM * x) / (weights + FIRM), torch.cat([off / (weights + FIRM), weights])
 
 
