@@ -5,11 +5,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from predoc_lib.experiments.yolo_clips import AHEAD, CONTEXT, TRAINED, Unseen
 from predoc_lib.metrics import Boxes, mean_average_precision
 from predoc_lib.yolo import Darknet, Detections, non_max_suppression
-from predoc_lib.yolo.dynamics import Features, Predictor
+from predoc_lib.yolo.dynamics import Predictor
 from predoc_lib.yolo.scoring import Matched, match
 
 RANKED = 0.01  # boxes above this confidence are ranked
@@ -19,7 +21,7 @@ Found = list[list[Detections]]  # [time][clip]
 
 
 @torch.no_grad()
-def boxes(network: Darknet, features: Features) -> list[Detections]:
+def boxes(network: Darknet, features: list[Float[Tensor, "B _ _ _"]]) -> list[Detections]:
     """What the heads find in features [B, c, h, w]; the most that is ranked."""
     return [found.cpu() for found in non_max_suppression(network.heads(features), confidence=RANKED)]
 
