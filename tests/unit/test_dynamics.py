@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from torch.nn import functional as F
 
-from predoc_lib.yolo.dynamics import CopyLast, Extrapolation, FeatureGRU, FeatureODE, Field
+from predoc_lib.yolo.dynamics import ConvGRUCell, CopyLast, Extrapolation, FeatureGRU, FeatureODE, Field
+from predoc_lib.yolo.motion import FIRM
 
 SHAPES = [(5, 2, 3), (4, 4, 6)]
 SEEN = torch.arange(3.0, dtype=torch.float64)
@@ -155,3 +157,37 @@ def test_features_of_another_network_are_refused_with_both_shapes():
 def test_grids_that_do_not_meet_and_no_state_are_refused(shapes, width):
     with pytest.raises(ValueError, match="width must be at least 1 and every head's sides must divide the finest's"):
         FeatureODE(shapes, width)
+
+
+@models
+def test_a_clip_is_predicted_alike_alone_and_in_a_batch(kind, moves):
+    model, x, later = trained(kind, moves), features(batch=3), times(2.5, 4.0)
+    close([y[1:2] for y in model.predict(x, SEEN, later)], model.predict([y[1:2] for y in x], SEEN, later))
+
+
+def test_what_moves_by_a_cell_a_frame_is_found_there():
+    """With ds/dt = (1, 0) and a decoder that corrects nothing a map is shifted; half-way two cells share it."""
+    model = small(FeatureODE, True)
+    with torch.no_grad():
+        model.ode.f.net[-1].bias[-2] = 1.0
+        model.priority.weight.zero_()
+        model.priority.bias.zero_()
+    x = features(batch=1)
+    last, found = x[1][:, -1], model.predict(x, SEEN, times(2.5, 3.0))[1]
+    moved = (last[..., :-1] + FIRM * last[..., 1:]) / (1 + FIRM)
+    torch.testing.assert_close(found[:, 1, ..., 1:], moved)
+    torch.testing.assert_close(found[:, 1, ..., 0], last[..., 0])  # nothing comes: it keeps its own
+    shared = (0.5 * last[..., :-1] + (0.5 + FIRM) * last[..., 1:]) / (1 + FIRM)
+    torch.testing.assert_close(found[:, 0, ..., 1:], shared)
+
+
+def test_a_convolutional_gru_on_one_cell_has_the_formula_of_a_gru():
+    cell = ConvGRUCell(2, 3).double()
+    x, h = torch.randn(4, 2, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
+
+    def linear(layer, *inputs):
+        return F.linear(torch.cat(inputs, 1), layer.weight[:, :, 1, 1], layer.bias)
+
+    reset, update = linear(cell.gates, x, h).sigmoid().chunk(2, 1)
+    wanted = (1 - update) * h + update * linear(cell.candidate, x, reset * h).tanh()
+    torch.testing.assert_close(cell(x[..., None, None], h[..., None, None])[..., 0, 0], wanted)

@@ -66,3 +66,13 @@ def test_the_gradient_difference_sees_edges_and_no_shift_of_the_level():
     # Two of the seven steps between neighbours, four along the rows and three down, have height 1.
     assert gradient_difference(edge, flat, one) == pytest.approx(2 / 7)
     assert gradient_difference([x + 4 for x in edge], edge, one) == 0
+
+
+def test_where_there_is_nothing_only_objectness_counts():
+    nothing = Darknet(ROAD).eval().double().requires_grad_(False)
+    for at in nothing.heads_at:
+        nothing.layers[at][0].bias.view(3, 8)[:, 4] = -20.0
+        nothing.layers[at][0].weight.view(3, 8, -1)[:, 4] = 0.0
+    parts = heads_loss(nothing, features(nothing), features(nothing))
+    assert parts["box"] == 0
+    assert parts["kind"] < 1e-3

@@ -5,6 +5,7 @@ import torch
 
 from predoc_lib.data.driving import Objects
 from predoc_lib.experiments.yolo_measures import missed
+from predoc_lib.metrics import mean_average_precision
 from predoc_lib.yolo import Detections
 from predoc_lib.yolo.scoring import Matched, match
 
@@ -92,3 +93,24 @@ def test_what_the_detector_missed_is_counted_with_its_price():
     assert figures["detector"] == {"missed": 3, "false": 0}
     # With one false box, the detector may go down to 0.2, its second, and finds the one at 0.4.
     assert figures["other"] == {"found": 2, "false": 1, "lower": 1}
+
+
+def test_the_curve_has_the_average_precision_that_pycocotools_computes():
+    """On boxes of one class, some near a true one, some beside, some twice: the mean over 101 levels of recall."""
+    boxes, truth = [], []
+    for i in range(8):
+        draw = torch.Generator().manual_seed(i)
+        corner = 0.6 * torch.rand(7, 2, generator=draw)
+        places = torch.cat([corner, corner + 0.1 + 0.3 * torch.rand(7, 2, generator=draw)], 1)
+        near = places[:4] + 0.06 * torch.randn(4, 4, generator=draw)
+        scores = torch.rand(11, generator=draw).sort(descending=True).values
+        kinds = torch.zeros(11, dtype=torch.int64)
+        boxes.append(Detections(torch.cat([near, near + 0.01, places[4:]]), scores, kinds))
+        truth.append(Detections(places[:4], torch.ones(4), kinds[:4]))
+    precision, recall = match(boxes, truth).curve()
+    highest = precision.flip(0).cummax(0).values.flip(0)
+    place = torch.searchsorted(recall, torch.linspace(0, 1, 101))
+    average = torch.where(place < len(highest), highest[place.clamp(max=len(highest) - 1)], 0.0).mean()
+    wanted = mean_average_precision(boxes, truth)["map50"]
+    assert 0.2 < wanted < 0.9, "neither trivial"
+    assert average.item() == pytest.approx(wanted, abs=1e-4)
