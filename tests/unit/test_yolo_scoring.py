@@ -102,14 +102,14 @@ def test_the_curve_has_the_average_precision_that_pycocotools_computes():
         draw = torch.Generator().manual_seed(i)
         corner = 0.6 * torch.rand(7, 2, generator=draw)
         places = torch.cat([corner, corner + 0.1 + 0.3 * torch.rand(7, 2, generator=draw)], 1)
-        near = places[:4] + 0.06 * torch.randn(4, 4, generator=draw)
+        near = places[:4] + 0.03 * torch.randn(4, 4, generator=draw)
         scores = torch.rand(11, generator=draw).sort(descending=True).values
         kinds = torch.zeros(11, dtype=torch.int64)
         boxes.append(Detections(torch.cat([near, near + 0.01, places[4:]]), scores, kinds))
         truth.append(Detections(places[:4], torch.ones(4), kinds[:4]))
     precision, recall = match(boxes, truth).curve()
     highest = precision.flip(0).cummax(0).values.flip(0)
-    place = torch.searchsorted(recall, torch.linspace(0, 1, 101))
+    place = torch.searchsorted(recall.double(), torch.linspace(0, 1, 101, dtype=torch.float64))
     average = torch.where(place < len(highest), highest[place.clamp(max=len(highest) - 1)], 0.0).mean()
     wanted = mean_average_precision(boxes, truth)["map50"]
     assert 0.2 < wanted < 0.9, "neither trivial"
