@@ -7,6 +7,7 @@
 x_0 are the last features seen. The decoder and ds/dt are zero at first: the untrained model is ``CopyLast``.
 """
 
+import abc
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from predoc_lib.ode import NeuralODE
-from predoc_lib.yolo.motion import splat
+from predoc_lib.yolo.motion import splat, splat_coarse
 
 Features = list[Float[Tensor, "_ _ _ _ _"]]  # one tensor a detection head: [B, T, c, h, w]
 Shapes = list[tuple[int, int, int]]
@@ -83,7 +84,7 @@ class Field(nn.Module):
         return torch.cat([change[:, : self.width].tanh(), change[:, self.width :]], 1)
 
 
-class FeatureModel(nn.Module):
+class FeatureModel(nn.Module, abc.ABC):
     """What the ODE and its recurrent rival share: encoder, decoder, and the residual around the last features.
 
     The heads' features, each channel in its own unit, meet on the finest head's grid. A ConvGRU reads them frame by
@@ -137,36 +138,56 @@ class FeatureModel(nn.Module):
         for scale, x in zip(self.scales, features, strict=True):
             scale.copy_(x.float().square().mean((0, 1, 3, 4)).sqrt().clamp(min=1e-3)[:, None, None])
 
-    def meet(self, features: Features) -> Float[Tensor, "B T c h w"]:
-        """All heads' features in their units, on the finest grid."""
-        units = [(x / scale).flatten(0, 1) for x, scale in zip(features, self.scales, strict=True)]
-        met = torch.cat([F.interpolate(x, self.grid, mode="nearest") for x in units], 1)
-        return met.unflatten(0, features[0].shape[:2])
+    def units(self, features: Features) -> Features:
+        """Features whose every channel is in its own unit."""
+        return [x / scale for x, scale in zip(features, self.scales, strict=True)]
 
-    def encode(self, x: Float[Tensor, "B T c h w"], t: Float[Tensor, " T"]) -> Float[Tensor, "B W h w"]:
-        """The state h at the last of the times t, of features that met."""
-        h = x.new_zeros(len(x), self.width, *self.grid)
-        speed = torch.zeros_like(x[:, 0])
+    def meet(
+        self, heads: list[Float[Tensor, "N _ _ _"]], weights: list[Float[Tensor, "W _ 1 1"]]
+    ) -> Float[Tensor, "N W h w"]:
+        """What a layer of 1 x 1 cells makes of all heads on the finest grid, before its bias.
+
+        It takes each head on its own grid and repeats what comes out, which is the same and costs less.
+        """
+        parts = [F.conv2d(x, weight) for x, weight in zip(heads, weights, strict=True)]
+        return sum(F.interpolate(part, self.grid, mode="nearest") for part in parts)
+
+    def encode(self, units: Features, t: Float[Tensor, " T"]) -> Float[Tensor, "B W h w"]:
+        """The state h at the last of the times t."""
+        layer, channels = self.enter[0], [shape[0] for shape in self.shapes]
+        now, speed = (torch.split(weight, channels, 1) for weight in layer.weight.chunk(2, 1))
+        frames = []
+        for x in units:
+            rates = x.diff(dim=1) / t.diff()[:, None, None, None]
+            frames.append(torch.cat([x, torch.cat([torch.zeros_like(x[:, :1]), rates], 1)], 2).flatten(0, 1))
+        weights = [torch.cat(pair, 1) for pair in zip(now, speed, strict=True)]
+        entered = self.enter[1](self.meet(frames, weights) + layer.bias[:, None, None])
+        entered = entered.unflatten(0, units[0].shape[:2])
+        h = entered.new_zeros(len(entered), self.width, *self.grid)
         for i in range(len(t)):
-            if i:
-                speed = (x[:, i] - x[:, i - 1]) / (t[i] - t[i - 1])
-            h = self.cell(self.enter(torch.cat([x[:, i], speed], 1)), h)
+            h = self.cell(entered[:, i], h)
         return h
 
-    def decode(self, z: Float[Tensor, "Q B _ h w"], x: Float[Tensor, "B c h w"]) -> Features:
+    def decode(self, z: Float[Tensor, "Q B _ h w"], units: list[Float[Tensor, "B _ _ _"]]) -> Features:
         """Features at the times of the states z = (h, s), from the last ones seen."""
-        times = z.shape[:2]
-        z, x = z.flatten(0, 1), x.expand(len(z), *x.shape).flatten(0, 1)
-        h, known = z[:, : self.width], []
-        x = torch.cat([x, h], 1)
+        times, z = z.shape[:2], z.flatten(0, 1)
+        h, layer, channels = z[:, : self.width], self.mix[0], [shape[0] for shape in self.shapes]
+        *weights, of_state, of_arrival = layer.weight.split([*channels, self.width, 3 * self.moves], 1)
+        content = self.meet(units, weights).repeat(times[0], 1, 1, 1) + F.conv2d(h, of_state)
+        units = [x.repeat(times[0], 1, 1, 1) for x in units]
         if self.moves:
-            x, arrival = splat(x, z[:, self.width :], PRIORITY * self.priority(h).tanh())
-            known = [arrival]
-        mixed, found = self.mix(torch.cat([x, *known], 1)), []
-        heads = x[:, : -self.width].split([shape[0] for shape in self.shapes], 1)
-        for head, shape, scale, layers in zip(heads, self.shapes, self.scales, self.leave, strict=True):
-            found.append((F.adaptive_avg_pool2d(head, shape[1:]) + layers(mixed)) * scale)
-        return [y.unflatten(0, times).transpose(0, 1) for y in found]
+            motion = z[:, self.width :], PRIORITY * self.priority(h).tanh()
+            content, arrival = splat(content, *motion)
+            content = content + F.conv2d(arrival, of_arrival)
+            units = [
+                splat(x, *motion)[0] if x.shape[2:] == self.grid else splat_coarse(x, *motion, arrival[:, 2:])
+                for x in units
+            ]
+        mixed = self.mix[1:](content + layer.bias[:, None, None])
+        found = []
+        for x, scale, layers in zip(units, self.scales, self.leave, strict=True):
+            found.append(((x + layers(mixed)) * scale).unflatten(0, times).transpose(0, 1))
+        return found
 
     def start(self, h: Float[Tensor, "B W h w"]) -> Float[Tensor, "B _ h w"]:
         """The state (h, s) at the context's end."""
@@ -184,12 +205,14 @@ class FeatureModel(nn.Module):
             ValueError: features of another network, times that do not increase, or lie before the context's end.
         """
         self._check(features, t, t_query)
-        x = self.meet(features)
-        return self.ahead(self.encode(x, t), x[:, -1], t_query - t[-1])
+        units = self.units(features)
+        return self.ahead(self.encode(units, t), [x[:, -1] for x in units], t_query - t[-1])
 
-    def ahead(self, h: Float[Tensor, "B W h w"], x: Float[Tensor, "B c h w"], ahead: Float[Tensor, " Q"]) -> Features:
-        """Features so many frames ahead of the context's end, where the state is h and the features that met are x."""
-        raise NotImplementedError
+    @abc.abstractmethod
+    def ahead(
+        self, h: Float[Tensor, "B W h w"], units: list[Float[Tensor, "B _ _ _"]], ahead: Float[Tensor, " Q"]
+    ) -> Features:
+        """Features so many frames ahead of the context's end, where the state is h and the features are these."""
 
     def _check(self, features: Features, t: Tensor, t_query: Tensor) -> None:
         wanted = [(len(t), *shape) for shape in self.shapes]
@@ -212,10 +235,12 @@ class FeatureODE(FeatureModel):
         super().__init__(shapes, width, moves)
         self.ode = NeuralODE(Field(width, moves), method="midpoint", step_size=step_size)
 
-    def ahead(self, h: Float[Tensor, "B W h w"], x: Float[Tensor, "B c h w"], ahead: Float[Tensor, " Q"]) -> Features:
+    def ahead(
+        self, h: Float[Tensor, "B W h w"], units: list[Float[Tensor, "B _ _ _"]], ahead: Float[Tensor, " Q"]
+    ) -> Features:
         """See ``FeatureModel``."""
         times = ahead if ahead[0] == 0 else torch.cat([ahead.new_zeros(1), ahead])
-        return self.decode(self.ode(self.start(h), times)[len(times) - len(ahead) :], x)
+        return self.decode(self.ode(self.start(h), times)[len(times) - len(ahead) :], units)
 
 
 class FeatureGRU(FeatureModel):
@@ -229,7 +254,9 @@ class FeatureGRU(FeatureModel):
             nn.init.zeros_(self.velocity.weight)
             nn.init.zeros_(self.velocity.bias)
 
-    def ahead(self, h: Float[Tensor, "B W h w"], x: Float[Tensor, "B c h w"], ahead: Float[Tensor, " Q"]) -> Features:
+    def ahead(
+        self, h: Float[Tensor, "B W h w"], units: list[Float[Tensor, "B _ _ _"]], ahead: Float[Tensor, " Q"]
+    ) -> Features:
         """See ``FeatureModel``."""
         z, states = self.start(h), []
         for _ in range(int(ahead[-1].ceil()) + 1):
@@ -240,7 +267,7 @@ class FeatureGRU(FeatureModel):
         # Only the frames that are asked for, or lie beside a time that is, need decoding.
         low, high = ahead.floor().long(), ahead.ceil().long()
         needed, place = torch.unique(torch.cat([low, high]), return_inverse=True)
-        whole = self.decode(torch.stack([states[i] for i in needed.tolist()]), x)
-        share = (ahead - low).to(x)[:, None, None, None]
+        whole = self.decode(torch.stack([states[i] for i in needed.tolist()]), units)
+        share = (ahead - low)[:, None, None, None]
         before, after = place.chunk(2)
         return [(1 - share) * y[:, before] + share * y[:, after] for y in whole]

@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
+from torch.nn import functional as F
 
-from predoc_lib.yolo.motion import FIRM, splat
+from predoc_lib.yolo.motion import FIRM, splat, splat_coarse
 
 
 def in_loops(x, displacement, priority):
@@ -77,3 +78,12 @@ def test_gradients_are_those_of_finite_differences():
     x, s, p = random_problem(n=1, c=2, h=3, w=4, far=1.0)
     assert ((s - s.round()).abs() > 1e-3).all(), "at whole cells the weights have kinks"
     assert torch.autograd.gradcheck(splat, tuple(v.requires_grad_() for v in (x, s, p)))
+
+
+@pytest.mark.parametrize("blocks", [(2, 2), (3, 1), (6, 8)])
+def test_a_coarse_map_moves_as_it_would_if_repeated_and_averaged_again(blocks):
+    _, s, p = random_problem(h=6, w=8)
+    x = torch.randn(2, 3, 6 // blocks[0], 8 // blocks[1], dtype=torch.float64)
+    moved, arrival = splat(F.interpolate(x, (6, 8), mode="nearest"), s, p)
+    coarse = splat_coarse(x, s, p, arrival[:, 2:])
+    torch.testing.assert_close(coarse, F.avg_pool2d(moved, blocks), atol=1e-12, rtol=0)
