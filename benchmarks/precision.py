@@ -1,7 +1,8 @@
 """What bfloat16 and compilation change: ``python benchmarks/precision.py [--out benchmarks/precision.json] [--quick]``.
 
-The latent ODE's smoke run, once in float32 and once in each other way, same seed and noise, in turn, round after round:
-the final loss, which must stay the same within 2 %, and steps a second after the first quarter, which compiles.
+The latent ODE's smoke run, once in float32 and once in each other way, same seed and noise, in turn; every round has
+its own seed. The final loss must stay the same within 2 %; steps a second count after the first quarter, which
+compiles.
 """
 
 import argparse
@@ -24,12 +25,13 @@ WAYS = {
     "compiled": {"compile": True},
     "bfloat16, compiled": {"precision": "bfloat16", "compile": True},
 }
+RATE = 5e-4  # at the preset's own, 40 steps are chaotic: another order of sums moves the final loss by percents
 
 
 def smoke(options: dict, change: dict) -> tuple[float, float]:
     """The final loss of a smoke run, and its steps a second after the first quarter."""
     torch.compiler.reset()
-    config = build(latent_ode.Config, "smoke", n_test=8, **options, **change)
+    config = build(latent_ode.Config, "smoke", n_test=8, learning_rate=RATE, **options, **change)
     history = latent_ode.run(config, progress=False)["history"]
     first, last = history[0], history[-1]
     return last["loss"], (last["step"] - first["step"]) / (last["seconds"] - first["seconds"])
@@ -47,25 +49,23 @@ def main() -> None:
     ways = {name: options for name, options in WAYS.items() if can_compile or "compile" not in options}
     change = {"batch_size": 2} if a.quick else {}
     found = {name: [] for name in ways}
-    for _ in range(1 if a.quick else a.rounds):
+    for seed in range(1 if a.quick else a.rounds):
         for name, options in ways.items():
-            found[name].append(smoke(options, change))
-    loss, speed = (
-        {name: statistics.median(pair[i] for pair in pairs) for name, pairs in found.items()} for i in (0, 1)
-    )
+            found[name].append(smoke(options, change | {"seed": seed}))
     record = {"device": results.device_name(device), "revision": results.revision(), "torch": torch.__version__}
-    record["ways"] = {
-        name: {
-            "loss": loss[name], "loss_ratio": loss[name] / loss["float32"],
-            "steps_per_s": speed[name], "speed_ratio": speed[name] / speed["float32"],
+    record["ways"] = {}
+    for name, pairs in found.items():
+        ratios = [loss / own for (loss, _), (own, _) in zip(pairs, found["float32"], strict=True)]
+        speeds = [speed / own for (_, speed), (_, own) in zip(pairs, found["float32"], strict=True)]
+        record["ways"][name] = {
+            "loss_ratios": ratios,
+            "steps_per_s": statistics.median(speed for _, speed in pairs),
+            "speed_ratio": statistics.median(speeds),
         }
-        for name in ways
-    }  # fmt: skip
-    print(f"{record['device']}\n{'':20}{'loss':>10}{'ratio':>8}{'steps/s':>10}{'ratio':>8}")
+    print(f"{record['device']}\n{'':20}{'steps/s':>10}{'ratio':>8}   loss ratios")
     for name, row in record["ways"].items():
-        print(
-            f"{name:20}{row['loss']:10.3f}{row['loss_ratio']:8.4f}{row['steps_per_s']:10.2f}{row['speed_ratio']:8.3f}"
-        )
+        ratios = "".join(f"{ratio:8.4f}" for ratio in row["loss_ratios"])
+        print(f"{name:20}{row['steps_per_s']:10.2f}{row['speed_ratio']:8.3f}   {ratios}")
     if a.out:
         with whole(a.out) as temporary:
             temporary.write_text(json.dumps(record, indent=1) + "\n")
