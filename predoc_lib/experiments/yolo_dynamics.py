@@ -25,13 +25,16 @@ from predoc_lib.experiments.yolo_clips import (
     extract,
     video_unseen,
 )  # fmt: skip
-from predoc_lib.experiments.yolo_measures import measure
+from predoc_lib.experiments.yolo_measures import futures, measure
 from predoc_lib.yolo import Darknet
 from predoc_lib.yolo.dynamics import CopyLast, Extrapolation, FeatureGRU, FeatureModel, FeatureODE, Features
-from predoc_lib.yolo.objectives import gradient_difference, heads_loss, mse
+from predoc_lib.yolo.futures import RandomFeatureODE
+from predoc_lib.yolo.objectives import gaussian, gradient_difference, heads_loss, mse
 
 TRAINING_SHARE = 0.7  # of a video's frames, the first; the others are measured
-MODELS = {"ode": FeatureODE, "gru": FeatureGRU}
+MODELS = {"ode": FeatureODE, "gru": FeatureGRU, "random": RandomFeatureODE}
+LIKELIHOODS = {"mse": mse, "gaussian": gaussian}
+DRAWS = 5  # futures of a random model that are measured
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +49,11 @@ class Config(TrainingConfig):
     detector: str = option("", "a .cfg, beside it its .weights, also below PREDOC_DATA; empty: the embedded one")
     stride: int = option(4, "frames of a video from step to step, even (the report: 1)", low=2)
     dynamics: str = option(
-        "ode", "what moves the state: Neural ODE, or the ConvGRU that rivals it", choices=tuple(MODELS)
+        "ode", "what moves the state: Neural ODE, the same from a random start, or a ConvGRU", choices=tuple(MODELS)
+    )
+    kl_weight: float = option(1e-4, "weight of the KL divergence, for a random start", low=0)
+    likelihood: str = option(
+        "mse", "of the features: all channels alike (the report), or each with its variance", choices=tuple(LIKELIHOODS)
     )
     moves: bool = option(True, "the last features are moved before they are corrected (the report: no)")
     width: int = option(48, "channels of the state", low=1)
@@ -157,9 +164,14 @@ def run(config: Config, folder: Path | None = None, progress: bool | None = None
 
     def loss(model: FeatureModel, features: Features, rows: Rows) -> dict[str, Any]:
         context, future = [x[:, :CONTEXT] for x in features], [x[:, CONTEXT:] for x in features]
-        guess = model.predict(context, t[:CONTEXT], t[CONTEXT:])
-        parts = {"mse": mse(guess, future, model.scales)}
-        total = parts["mse"]
+        parts, total = {}, 0.0
+        if config.dynamics == "random":
+            guess, parts["kl"] = model.guided(features, t, CONTEXT)
+            total = config.kl_weight * parts["kl"]
+        else:
+            guess = model.predict(context, t[:CONTEXT], t[CONTEXT:])
+        parts[config.likelihood] = LIKELIHOODS[config.likelihood](guess, future, model.scales)
+        total = total + parts[config.likelihood]
         if config.heads_weight:
             parts["heads"] = heads_loss(network, *([x.flatten(0, 1) for x in y] for y in (guess, future)))["loss"]
             total = total + config.heads_weight * parts["heads"]
@@ -186,8 +198,10 @@ def run(config: Config, folder: Path | None = None, progress: bool | None = None
     model.eval()
     predictors = {config.dynamics: model, "copy-last": CopyLast(), "extrapolation": Extrapolation()}
     metrics = measure(network, predictors, test, validation, config.labels_above)
+    if config.dynamics == "random":
+        metrics["futures"] = futures(network, model, test, config.labels_above, DRAWS, config.seed)
     metrics["parameters"] = sum(p.numel() for p in model.parameters())
-    steps = model.ode.stats["evaluations"] if config.dynamics == "ode" else config.horizon
+    steps = config.horizon if config.dynamics == "gru" else model.ode.stats["evaluations"]
     return results.record(
         "yolo_dynamics", config, metrics, device=device, wall_time_s=done.seconds, evaluations=steps,
         data=checksum(config), history=done.history,

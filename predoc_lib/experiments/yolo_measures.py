@@ -12,6 +12,7 @@ from predoc_lib.experiments.yolo_clips import AHEAD, CONTEXT, TRAINED, Unseen
 from predoc_lib.metrics import Boxes, mean_average_precision
 from predoc_lib.yolo import Darknet, Detections, non_max_suppression
 from predoc_lib.yolo.dynamics import Predictor
+from predoc_lib.yolo.futures import RandomFeatureODE
 from predoc_lib.yolo.scoring import Matched, match
 
 RANKED = 0.01  # boxes above this confidence are ranked
@@ -49,6 +50,13 @@ def detected(network: Darknet, unseen: Unseen) -> Found:
     return found
 
 
+def true_boxes(unseen: Unseen, found: Found, labels_above: float) -> list[list[Boxes]]:
+    """The true objects at every time of ``AHEAD``; where nobody knows them, what the detector found above that."""
+    if unseen.objects:
+        return [list(at) for at in zip(*unseen.objects, strict=True)]
+    return [[one.above(labels_above) for one in at] for at in found]
+
+
 def measure(
     network: Darknet, predictors: Mapping[str, Predictor], test: Unseen, validation: Unseen, labels_above: float
 ) -> dict[str, Any]:
@@ -62,19 +70,17 @@ def measure(
     """
     found = {name: predicted(network, predictor, test) for name, predictor in predictors.items()}
     found["detector"] = detected(network, test)
-    truths = {"own": [[one.above(labels_above) for one in at] for at in found["detector"]]}
+    truth = true_boxes(test, found["detector"], labels_above)
+    truths = {"own": truth}
     if test.objects:
-        truths = {"truth": [list(at) for at in zip(*test.objects, strict=True)]} | truths
+        truths = {"truth": truth, "own": [[one.above(labels_above) for one in at] for at in found["detector"]]}
     figures: dict[str, Any] = {
         name: {f"{ahead:g}": _precision(found, truth, i) for i, ahead in enumerate(AHEAD.tolist())}
         for name, truth in truths.items()
     }
-    truth = next(iter(truths.values()))
     held_out = {name: predicted(network, predictor, validation) for name, predictor in predictors.items()}
     held_out["detector"] = detected(network, validation)
-    wanted = [[one.above(labels_above) for one in at] for at in held_out["detector"]]
-    if validation.objects:
-        wanted = [list(at) for at in zip(*validation.objects, strict=True)]
+    wanted = true_boxes(validation, held_out["detector"], labels_above)
     every = (1, int(AHEAD[-1]))
     figures["threshold"] = {name: pooled(at, wanted, every).best_threshold() for name, at in held_out.items()}
     figures["f1"], figures["missed"] = {}, {}
@@ -84,6 +90,54 @@ def measure(
         if test.objects:
             figures["missed"][span] = missed(matched, figures["threshold"])
     return figures
+
+
+@torch.no_grad()
+def futures(
+    network: Darknet, model: RandomFeatureODE, unseen: Unseen, labels_above: float, n: int, seed: int
+) -> dict[str, dict[str, float]]:
+    """How different n drawn futures are, and how good one of them, and the best of them, is.
+
+    Returns:
+        {frames ahead: {...}}: "one", mAP50 of a draw, the mean of n; "best", of the draw whose features are nearest
+        to the true ones over all times, clip by clip; and in the channels' units the standard deviation of the draws,
+        "spread", and the root mean square error of their mean, "error".
+    """
+    device = unseen.context[0].device
+    t, ahead = torch.arange(float(CONTEXT), device=device), AHEAD.to(device) + CONTEXT - 1
+    truth = true_boxes(unseen, detected(network, unseen), labels_above)
+    found: list[Found] = [[[] for _ in AHEAD] for _ in range(n)]
+    best: Found = [[] for _ in AHEAD]
+    squares: dict[str, list[Tensor]] = {"spread": [], "error": []}
+    torch.manual_seed(seed)
+    for start in range(0, len(unseen), BATCH):
+        context, future = ([x[start : start + BATCH].float() for x in y] for y in (unseen.context, unseen.future))
+        drawn = [torch.stack(x) for x in zip(*model.futures(context, t, ahead, n), strict=True)]
+        scaled = [x / scale for x, scale in zip(drawn, model.scales, strict=True)]
+        true = [y / scale for y, scale in zip(future, model.scales, strict=True)]
+        squares["spread"].append(_mean([x.var(0) for x in scaled]))
+        squares["error"].append(_mean([(x.mean(0) - y).square() for x, y in zip(scaled, true, strict=True)]))
+        errors = [_mean([(x[k] - y).square() for x, y in zip(scaled, true, strict=True)]).mean(1) for k in range(n)]
+        nearest = torch.stack(errors).argmin(0).tolist()
+        for i in range(len(AHEAD)):
+            draws = [boxes(network, [x[k, :, i] for x in drawn]) for k in range(n)]
+            for k in range(n):
+                found[k][i] += draws[k]
+            best[i] += [draws[k][clip] for clip, k in enumerate(nearest)]
+    means = {name: torch.cat(parts).mean(0).sqrt().tolist() for name, parts in squares.items()}
+    return {
+        f"{at:g}": {
+            "one": sum(mean_average_precision(draw[i], truth[i])["map50"] for draw in found) / n,
+            "best": mean_average_precision(best[i], truth[i])["map50"],
+            **{name: values[i] for name, values in means.items()},
+        }
+        for i, at in enumerate(AHEAD.tolist())
+    }
+
+
+def _mean(heads: list[Float[Tensor, "B T _ _ _"]]) -> Float[Tensor, "B T"]:
+    """The mean over all numbers of all heads."""
+    return sum(x.sum((2, 3, 4)) for x in heads) / sum(x[0, 0].numel() for x in heads)
 
 
 def _precision(found: dict[str, Found], truth: list[list[Boxes]], i: int) -> dict[str, dict[str, float]]:

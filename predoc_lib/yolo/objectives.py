@@ -9,6 +9,7 @@ from predoc_lib.yolo.darknet import Darknet
 from predoc_lib.yolo.dynamics import Features
 
 BOX = 5.0  # weight of the boxes in the loss of the heads, as in ``detection_loss``
+FLOOR = 1e-6  # of a variance: no channel is known better
 SOME = 0.02  # objectness of cells whose boxes are compared
 
 
@@ -16,6 +17,19 @@ def mse(predicted: Features, true: Features, scales: list[Tensor]) -> Float[Tens
     """Mean squared error of all heads' features, each channel in its unit (the report's loss)."""
     errors = [((x - y) / scale).square() for x, y, scale in zip(predicted, true, scales, strict=True)]
     return sum(error.sum() for error in errors) / sum(error.numel() for error in errors)
+
+
+def gaussian(predicted: Features, true: Features, scales: list[Tensor]) -> Float[Tensor, ""]:
+    """Negative log-likelihood of a Gaussian whose variance, one a channel, is the best there is for this batch.
+
+    Up to a constant and in nats a number: the mean of half the logarithm of each channel's mean squared error, in the
+    channel's unit. A channel that is well predicted already counts for more (Rybkin et al. 2021, sigma-VAE).
+    """
+    total, count = predicted[0].new_zeros(()), 0
+    for x, y, scale in zip(predicted, true, scales, strict=True):
+        variance = ((x - y) / scale).square().mean((0, 1, 3, 4))
+        total, count = total + (variance + FLOOR).log().sum() / 2 * (x.numel() // len(variance)), count + x.numel()
+    return total / count
 
 
 def gradient_difference(predicted: Features, true: Features, scales: list[Tensor]) -> Float[Tensor, ""]:

@@ -7,12 +7,15 @@ from PIL import Image
 
 from predoc_lib import results
 from predoc_lib.data import driving
+from predoc_lib.data.driving import Objects
 from predoc_lib.experiments.config import ConfigError
-from predoc_lib.experiments.yolo_clips import AHEAD, Clips, video_unseen
+from predoc_lib.experiments.yolo_clips import AHEAD, Clips, Unseen, video_unseen
 from predoc_lib.experiments.yolo_dynamics import Config, data_of, load, load_detector, run
-from predoc_lib.experiments.yolo_measures import measure
+from predoc_lib.experiments.yolo_measures import futures, measure
 from predoc_lib.files import FileError
+from predoc_lib.yolo import Darknet
 from predoc_lib.yolo.dynamics import CopyLast, Extrapolation
+from predoc_lib.yolo.futures import RandomFeatureODE
 
 TINY = Config(steps=2, batch_size=2, n_train=2, n_test=2, width=4, device="cpu")
 
@@ -36,6 +39,54 @@ def test_a_run_leaves_a_record_and_weights_that_measure_the_same(tmp_path, dynam
     found = measure(network, predictors, test, validation, config.labels_above)
     flat, wanted = results.figures({"metrics": found}), results.figures(record)
     assert {name: wanted[name] for name in flat} == pytest.approx(flat, abs=1e-6)
+
+
+@pytest.mark.parametrize("video", [False, True])
+def test_futures_from_a_random_start_are_counted_and_the_best_is_found(tmp_path, video):
+    change = {"dynamics": "random", "likelihood": "gaussian"}
+    if video:
+        scene = driving(1, "validation")[0]
+        for i in range(64):
+            Image.fromarray(scene.frame(i / 4).movedim(0, -1).numpy()).save(tmp_path / f"{i:03}.png")
+        change |= {"video": str(tmp_path), "stride": 2}
+    record = run(Config(**vars(TINY) | change), progress=False)
+    assert set(record["metrics"]["futures"]) == {f"{t:g}" for t in AHEAD.tolist()}
+    for row in record["metrics"]["futures"].values():
+        assert 0 <= row["one"] <= 1
+        assert 0 <= row["best"] <= 1
+        assert row["spread"] > 0
+        assert row["error"] > 0
+
+
+class Known(RandomFeatureODE):
+    """A random model whose k-th future is k off; features are all zero in truth."""
+
+    scales = (torch.ones(2, 1, 1),)
+    __init__ = torch.nn.Module.__init__
+
+    def futures(self, features, t, t_query, n):
+        return [[torch.full((len(features[0]), len(t_query), 2, 3, 3), float(k))] for k in (2, 1, 3)]
+
+
+class Tells(Darknet):
+    """Heads that find a box at the top left if the features are 1, else one elsewhere."""
+
+    __init__ = torch.nn.Module.__init__
+
+    def heads(self, features):
+        rows = torch.tensor([[0.25, 0.25, 0.1, 0.1, 0.9, 1.0], [0.75, 0.75, 0.1, 0.1, 0.9, 1.0]])
+        return torch.stack([rows[:1] if (x == 1).all() else rows[1:] for x in features[0]])
+
+
+def test_the_best_future_is_the_nearest_one():
+    corner = Objects(torch.tensor([[0.2, 0.2, 0.3, 0.3]]), torch.zeros(1).long(), torch.zeros(1).long(), torch.ones(1))
+    zeros = [torch.zeros(2, len(AHEAD), 2, 3, 3)]
+    unseen = Unseen([torch.zeros(2, 3, 2, 3, 3)], zeros, [[corner] * len(AHEAD)] * 2)
+    for row in futures(Tells(), Known(), unseen, 0.3, 3, seed=0).values():
+        assert row["best"] == pytest.approx(1)
+        assert row["one"] == pytest.approx(1 / 3)
+        assert row["spread"] == pytest.approx(1)
+        assert row["error"] == pytest.approx(2)
 
 
 def test_clips_are_all_runs_of_frames_a_stride_apart():

@@ -1,11 +1,13 @@
 """What predicted features are trained with, against closed forms."""
 
+import math
+
 import pytest
 import torch
-from torch.distributions import Bernoulli, kl_divergence
+from torch.distributions import Bernoulli, Normal, kl_divergence
 
 from predoc_lib.yolo import ROAD, Darknet
-from predoc_lib.yolo.objectives import divergence, gradient_difference, heads_loss, mse
+from predoc_lib.yolo.objectives import FLOOR, divergence, gaussian, gradient_difference, heads_loss, mse
 
 
 @pytest.fixture(scope="module")
@@ -76,3 +78,19 @@ def test_where_there_is_nothing_only_objectness_counts():
     parts = heads_loss(nothing, features(nothing), features(nothing))
     assert parts["box"] == 0
     assert parts["kind"] < 1e-3
+
+
+def test_the_gaussian_likelihood_is_that_of_each_channels_own_variance():
+    torch.manual_seed(0)
+    true = [torch.randn(2, 3, c, 4, 5, dtype=torch.float64) for c in (2, 3)]
+    spread = [torch.rand(c, 1, 1, dtype=torch.float64) + 0.1 for c in (2, 3)]
+    predicted = [y + std * torch.randn_like(y) for y, std in zip(true, spread, strict=True)]
+    ones = [torch.ones(c, 1, 1, dtype=torch.float64) for c in (2, 3)]
+    least = 0.0
+    for x, y in zip(predicted, true, strict=True):
+        std = (x - y).square().mean((0, 1, 3, 4), keepdim=True).add(FLOOR).sqrt()
+        least = least - Normal(x, std.expand_as(x)).log_prob(y).sum()
+        assert -Normal(x, 1.1 * std.expand_as(x)).log_prob(y).sum() > -Normal(x, std.expand_as(x)).log_prob(y).sum()
+    numbers = sum(y.numel() for y in true)
+    constant = 0.5 + 0.5 * math.log(2 * math.pi)  # of each number, at the best variance
+    assert gaussian(predicted, true, ones).item() == pytest.approx(least.item() / numbers - constant, abs=1e-4)
