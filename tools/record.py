@@ -155,14 +155,16 @@ def yolo_dynamics() -> dict[str, dict]:
         "road-gru-moves": {"dynamics": "gru", "moves": True},
         "road-ode-still": {"moves": False},
         "road-ode-features": {"heads_weight": 0.0},
+        "road-ode-gaussian": {"heads_weight": 0.0, "likelihood": "gaussian"},
         "road-ode-report": {"moves": False, "heads_weight": 0.0},
+        "road-ode-random": {"dynamics": "random"},
         "road-ode-gradient": {"gradient_weight": 0.5},
     }
     for name in runs:
         if "gru-seed" in name:
             runs[name] |= {"moves": False}
     runs = {name: run | {"steps": 2000} for name, run in runs.items()}
-    real = {"video": "driving/solidWhiteRight.mp4", "detector": "yolo/yolo-fastest-1.1.cfg", "steps": 150}
+    real = {"video": "driving/solidWhiteRight.mp4", "detector": "yolo/yolo-fastest-1.1.cfg", "steps": 500}
     runs |= {"highway-ode": real, "highway-gru": real | {"dynamics": "gru", "moves": False}}
     return runs
 
