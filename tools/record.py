@@ -197,10 +197,12 @@ def main() -> None:
     parser.add_argument("experiment", choices=PLANS)
     parser.add_argument("names", nargs="*", help="only these")
     parser.add_argument("--list", action="store_true", help="show the plan and what is there")
+    parser.add_argument("--again", action="store_true", help="also what is there")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     arguments = parser.parse_intermixed_args()
     plan, there = PLANS[arguments.experiment](), results.RESULTS / arguments.experiment
-    missing = [name for name in arguments.names or plan if not (there / name / "metrics.json").exists()]
+    wanted = arguments.names or plan
+    missing = [name for name in wanted if arguments.again or not (there / name / "metrics.json").exists()]
     if arguments.list:
         print(*(f"{'missing' if name in missing else 'there'}  {name}  {p}" for name, p in plan.items()), sep="\n")
         return
