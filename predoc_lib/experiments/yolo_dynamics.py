@@ -51,7 +51,7 @@ class Config(TrainingConfig):
     dynamics: str = option(
         "ode", "what moves the state: Neural ODE, the same from a random start, or a ConvGRU", choices=tuple(MODELS)
     )
-    kl_weight: float = option(1e-4, "weight of the KL divergence, for a random start", low=0)
+    kl_weight: float = option(1e-3, "weight of the KL divergence, for a random start", low=0)
     likelihood: str = option(
         "mse", "of the features: all channels alike (the report), or each with its variance", choices=tuple(LIKELIHOODS)
     )
