@@ -9,6 +9,7 @@ import argparse
 import concurrent.futures
 import importlib
 import multiprocessing
+import shutil
 import sys
 from pathlib import Path
 
@@ -186,6 +187,7 @@ def make(experiment: str, name: str) -> str:
     config = build(module.Config, "book", **PLANS[experiment]()[name])
     folder = Path("runs", "record", experiment, name)
     record = module.run(config, folder, progress=False)
+    shutil.rmtree(results.RESULTS / experiment / name, ignore_errors=True)  # it is there if it is made again
     results.promote(folder, name, weights=name in KEEP.get(experiment, ()), files=FILES.get(experiment, ()))
     figures = {row: f"{value:.4g}" for row, value in record["history"][-1].items()}
     return f"{name}: {record['wall_time_s']:.0f} s, {figures}"
