@@ -91,7 +91,7 @@ class WarpODE(nn.Module):
             field = c.unflatten(1, (self.order + 1, 3))[:, :, :2] / stride
             compared = []
             for i in (last - 1, 0):
-                flow = self._flow(field, 0.0, s[i], steps=1)
+                flow = self.displacement(field, 0.0, s[i], steps=1)
                 compared.append(correlation(here, x[:, i], flow, REACH[stride]))
             c = c + MOTION * self.correct[str(stride)](torch.cat([here, *compared, c / MOTION], 1))
             found.append(c.unflatten(1, (self.order + 1, 3)))
@@ -120,7 +120,7 @@ class WarpODE(nn.Module):
         self._check(frames, t)
         s = self._gaps(t, torch.tensor([float(t0), float(t1)]))
         self._warn(s)
-        return self._flow(self._fine(self.coefficients(frames, t)[-1], frames)[:, :, :2], s[1], s[0])
+        return self.displacement(self.enlarge(self.coefficients(frames, t)[-1], frames)[:, :, :2], s[1], s[0])
 
     def predict(
         self, frames: Float[Tensor, "B T C H W"], t: Float[Tensor, " T"], t_query: Float[Tensor, " Q"]
@@ -135,7 +135,7 @@ class WarpODE(nn.Module):
         self._check(frames, t)
         s = self._gaps(t, t_query)
         self._warn(s)
-        coefficients = self._fine(self.coefficients(frames, t)[-1], frames)
+        coefficients = self.enlarge(self.coefficients(frames, t)[-1], frames)
         return torch.stack([self.render(frames, self._gaps(t, t), coefficients, at) for at in s], 1)
 
     def render(
@@ -145,7 +145,7 @@ class WarpODE(nn.Module):
         field = coefficients[:, :, :2]
 
         def moved(i: int) -> Tensor:
-            return warp(frames[:, i], self._flow(field, s, times[i]))
+            return warp(frames[:, i], self.displacement(field, s, times[i]))
 
         if s <= times[0] or s >= times[-1]:
             i = 0 if s <= times[0] else len(times) - 1
@@ -162,15 +162,18 @@ class WarpODE(nn.Module):
         later = torch.sigmoid(preference + torch.logit(torch.tensor(share)).item())
         return (1 - later) * moved(right - 1) + later * moved(right)
 
-    def _flow(self, field: Float[Tensor, "B K 2 h w"], s1: float, s0: float, steps: int | None = None) -> Tensor:
-        """From s1's grid to s0, in pixels of the field's own grid."""
+    def displacement(
+        self, field: Float[Tensor, "B K 2 h w"], s1: float, s0: float, steps: int | None = None
+    ) -> Float[Tensor, "B 2 h w"]:
+        """The flow from s1's grid to s0, times in gaps, in pixels of the field's own grid."""
         size = field.shape[-2:]
         here = pixels(field[:, 0]).expand(len(field), -1, -1, -1)
         steps = steps or max(1, round(self.steps * abs(s1 - s0)))
         u = lambda s, p: sampled(self.velocity(field, float(s)), p, size)  # noqa: E731
         return trace(u, here, s0, s1, steps=steps, method=self.method) - here
 
-    def _fine(self, coefficients: Coefficients, frames: Tensor) -> Float[Tensor, "B K 3 H W"]:
+    def enlarge(self, coefficients: Coefficients, frames: Float[Tensor, "B T C H W"]) -> Float[Tensor, "B K 3 H W"]:
+        """Coefficients on the frames' own grid."""
         size = frames.shape[-2:]
         fine = F.interpolate(coefficients.flatten(1, 2), size, mode="bilinear", align_corners=False)
         return fine.unflatten(1, coefficients.shape[1:3])
@@ -213,4 +216,3 @@ def correlation(
     a, (h, w), side = F.normalize(a, dim=1), a.shape[-2:], 2 * reach + 1
     shifts = [(dy, dx) for dy in range(side) for dx in range(side)]
     return torch.stack([(a * moved[..., dy : dy + h, dx : dx + w]).sum(1) for dy, dx in shifts], 1)
-

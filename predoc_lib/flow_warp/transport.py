@@ -194,6 +194,6 @@ def _pixels(height: int, width: int, dtype: torch.dtype, device: torch.device) -
 
 @functools.lru_cache(maxsize=32)
 def _normalized(height: int, width: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The grid in ``grid_sample``'s unit, -1 to 1 from the first pixel's middle to the last one's, and a pixel in it."""
+    """The grid in ``grid_sample``'s unit, from -1 at the first pixel's middle to 1 at the last's, and a pixel in it."""
     pixel = torch.tensor([2 / max(width - 1, 1), 2 / max(height - 1, 1)], dtype=dtype, device=device)[:, None, None]
     return _pixels(height, width, dtype, device) * pixel - 1, pixel

@@ -14,7 +14,7 @@ torch.manual_seed(0)
 
 def by_definition(image, flow):
     """Bilinear interpolation in loops, the nearest edge beyond it."""
-    b, c, h, w = image.shape
+    b, _, h, w = image.shape
     out = np.zeros(image.shape)
     for n in range(b):
         for row in range(h):
@@ -228,7 +228,9 @@ def test_one_warp_of_coordinates_keeps_what_many_warps_of_the_image_blur():
         x, y = (p - centre).unbind(1)
         return torch.stack([-y, x], 1) * 2 * math.pi
 
-    turned = {s: advect(u, image, 0, 1, steps=32, method="rk4", state=s, mode="bilinear") for s in ("coordinates", "image")}
+    turned = {
+        s: advect(u, image, 0, 1, steps=32, method="rk4", state=s, mode="bilinear") for s in ("coordinates", "image")
+    }
     x, y = (pixels(image) - centre).unbind(1)
     disc = (x.square() + y.square()).sqrt() < 28
     error = {s: (found[:, 0] - image[:, 0])[disc].square().mean() for s, found in turned.items()}
