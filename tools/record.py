@@ -31,6 +31,7 @@ KEEP = {  # runs whose weights a chapter loads
     "flow2d": [f"{density}-{objective}-seed0" for density in DENSITIES for objective in OBJECTIVES],
     "features": ("cifar10_subset-seed0",),
     "yolo_dynamics": ("road-ode-seed0", "road-gru-seed0"),
+    "flow_warp": ("road-seed0",),
 }
 FILES = {"yolo_detector": ("detector.cfg", "detector.weights")}  # in place of weights
 
@@ -167,6 +168,13 @@ def yolo_dynamics() -> dict[str, dict]:
     return runs
 
 
+def flow_warp() -> dict[str, dict]:
+    """The same: the drawn road with three seeds, what each choice buys, and a real highway."""
+    runs = {f"road-seed{seed}": {"seed": seed} for seed in (0,)}
+    runs["road-report"] = {"residual": False, "order": 0, "solver_steps": 1, "method": "euler"}
+    return runs | {"highway": {"video": "driving/solidWhiteRight.mp4", "steps": 600}}
+
+
 PLANS = {
     "latent_ode": latent_ode,
     "flow2d": flow2d,
@@ -174,6 +182,7 @@ PLANS = {
     "features": features,
     "yolo_detector": yolo_detector,
     "yolo_dynamics": yolo_dynamics,
+    "flow_warp": flow_warp,
 }
 
 

@@ -46,7 +46,7 @@ class Config(TrainingConfig):
     method: str = option("midpoint", "of the solver (the report: euler)", choices=("euler", "midpoint", "heun", "rk4"))
     residual: bool = option(True, "correct frames after the context's, for new content (the report: no)")
     census_weight: float = option(0.1, "of the census in the photometric loss", low=0)
-    smoothness: float = option(0.05, "weight of the edge-aware smoothness", low=0)
+    smoothness: float = option(0.1, "weight of the edge-aware smoothness", low=0)
     n_train: int = option(500, "drives that are drawn, each also mirrored", low=1)
     n_test: int = option(60, "unseen drives", low=1)
 

@@ -49,6 +49,7 @@ class WarpODE(nn.Module):
             )
         self.order, self.steps, self.method, self.trained = order, steps, method, trained
         self.enter, self.correct = nn.ModuleList(), nn.ModuleDict()
+        self.match = nn.ParameterDict({str(stride): torch.tensor([20.0, 0.5]) for stride in STRIDES})
         inputs = channels
         for stride in reversed(STRIDES):  # from the frames down
             own = max(1, width // 2) if stride == STRIDES[-1] else width
@@ -60,7 +61,7 @@ class WarpODE(nn.Module):
             nn.init.normal_(last.weight, std=1e-3)
             nn.init.zeros_(last.bias)
             self.correct[str(stride)] = nn.Sequential(
-                nn.Conv2d(own + compared + 3 * (order + 1), own, 3, 1, 1), nn.SiLU(),
+                nn.Conv2d(own + compared + 2 + 3 * (order + 1), own, 3, 1, 1), nn.SiLU(),
                 nn.Conv2d(own, own, 3, 1, 2, dilation=2), nn.SiLU(), nn.Conv2d(own, own, 3, 1, 1), nn.SiLU(), last,
             )  # fmt: skip
             inputs = own
@@ -93,7 +94,11 @@ class WarpODE(nn.Module):
             for i in (last - 1, 0):
                 flow = self.displacement(field, 0.0, s[i], steps=1)
                 compared.append(correlation(here, x[:, i], flow, REACH[stride]))
-            c = c + MOTION * self.correct[str(stride)](torch.cat([here, *compared, c / MOTION], 1))
+            # A step towards the best agreement with the frame before; the layers do the rest.
+            sharpness, gain = self.match[str(stride)]
+            shift = gain * expected_shift(compared[0], sharpness, REACH[stride]) * stride / -s[last - 1]
+            c = c + MOTION * self.correct[str(stride)](torch.cat([here, *compared, shift / MOTION, c / MOTION], 1))
+            c = c + F.pad(shift, (0, 0, 0, 0, 0, c.shape[1] - 2))
             found.append(c.unflatten(1, (self.order + 1, 3)))
         return found
 
@@ -208,11 +213,23 @@ class WarpODE(nn.Module):
             )
 
 
+def unit(x: Float[Tensor, "B C h w"]) -> Float[Tensor, "B C h w"]:
+    """Features less what all places share, of length 1."""
+    return F.normalize(x - x.mean((2, 3), keepdim=True), dim=1)
+
+
+def expected_shift(agreement: Float[Tensor, "B _ h w"], sharpness: Tensor, reach: int) -> Float[Tensor, "B 2 h w"]:
+    """Where the best agreement is, (dx, dy) in cells: the mean of the shifts, weighted by a softmax."""
+    shifts = torch.arange(-reach, reach + 1.0, device=agreement.device)
+    weights = (sharpness * agreement).softmax(1).unflatten(1, (2 * reach + 1, -1))
+    return torch.stack([torch.einsum("bnmhw,m->bhw", weights, shifts), torch.einsum("bnmhw,n->bhw", weights, shifts)], 1)
+
+
 def correlation(
     a: Float[Tensor, "B C h w"], b: Float[Tensor, "B C h w"], flow: Float[Tensor, "B 2 h w"], reach: int
 ) -> Float[Tensor, "B _ h w"]:
     """How well a's features agree with b's where the flow points to, and up to ``reach`` cells around it."""
-    moved = F.pad(warp(F.normalize(b, dim=1), flow), (reach,) * 4)
-    a, (h, w), side = F.normalize(a, dim=1), a.shape[-2:], 2 * reach + 1
+    moved = F.pad(warp(unit(b), flow), (reach,) * 4)
+    a, (h, w), side = unit(a), a.shape[-2:], 2 * reach + 1
     shifts = [(dy, dx) for dy in range(side) for dx in range(side)]
     return torch.stack([(a * moved[..., dy : dy + h, dx : dx + w]).sum(1) for dy, dx in shifts], 1)
