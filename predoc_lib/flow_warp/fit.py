@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from predoc_lib.flow_warp.transport import compose, inside, warp
+from predoc_lib.flow_warp.transport import compose, inside, origin, pixels, sampled, warp
 
 Images = Float[Tensor, "B C H W"]
 Flows = Float[Tensor, "B 2 H W"]
@@ -76,6 +76,30 @@ def fit_both(image0: Images, image1: Images, *, smoothness: float = SMOOTHNESS) 
             flow = flow + increment(images, flow, certainty, smoothness).clamp(-LIMIT, LIMIT)
             flow = weighted_median(flow, images, certainty)
     return tuple(flow.chunk(2))
+
+
+@torch.no_grad()
+def between(image0: Images, image1: Images, flow0: Flows, flow1: Flows, t: float) -> Images:
+    """The image at t in [0, 1], from both, at constant speed; where one of them does not show a point, the other does.
+
+    Args:
+        image0, image1: at t = 0 and t = 1.
+        flow0, flow1: from image0's grid to image1, and back, as ``fit_both`` gives them.
+        t: time.
+
+    Raises:
+        ValueError: t outside [0, 1].
+    """
+    if not 0 <= t <= 1:
+        raise ValueError(f"Only times from 0 to 1 lie between two images, got {t}: ``advect`` goes beyond.")
+    here, known, images = pixels(flow0), agree(torch.cat([flow0, flow1])).to(flow0).chunk(2), []
+    # A point of image1's grid came from image0, and has 1 - t of its way to go back to where it is at t.
+    for image, flow, seen, share in ((image0, flow1, known[1], t), (image1, flow0, known[0], 1 - t)):
+        q = origin(flow, here.expand_as(flow), 1 - share)
+        moved = warp(image, share * sampled(flow, q, flow.shape[-2:]), mode="bicubic")
+        images.append((moved, (1 - share) * (sampled(seen, q, flow.shape[-2:]) + 1e-3) + 1e-6))
+    (a, weight_a), (b, weight_b) = images
+    return ((weight_a * a + weight_b * b) / (weight_a + weight_b)).clamp(0, 1)
 
 
 def other(x: Tensor) -> Tensor:

@@ -222,7 +222,9 @@ def expected_shift(agreement: Float[Tensor, "B _ h w"], sharpness: Tensor, reach
     """Where the best agreement is, (dx, dy) in cells: the mean of the shifts, weighted by a softmax."""
     shifts = torch.arange(-reach, reach + 1.0, device=agreement.device)
     weights = (sharpness * agreement).softmax(1).unflatten(1, (2 * reach + 1, -1))
-    return torch.stack([torch.einsum("bnmhw,m->bhw", weights, shifts), torch.einsum("bnmhw,n->bhw", weights, shifts)], 1)
+    return torch.stack(
+        [torch.einsum("bnmhw,m->bhw", weights, shifts), torch.einsum("bnmhw,n->bhw", weights, shifts)], 1
+    )
 
 
 def correlation(

@@ -80,6 +80,25 @@ def invert(flow: Float[Tensor, "B 2 H W"], *, iterations: int = 30) -> Float[Ten
     return inverse
 
 
+def origin(flow: Float[Tensor, "B 2 H W"], p: Points, share: float, *, iterations: int = 30) -> Points:
+    """The pixel q whose straight path to q + flow(q) is at p when it has gone this share of the way.
+
+    The fixed point of q = p - share flow(q); it converges where ``invert`` does.
+    """
+    q, size = p - share * sampled(flow, p, flow.shape[-2:]), flow.shape[-2:]
+    for _ in range(iterations - 1):
+        q = p - share * sampled(flow, q, size)
+    return q
+
+
+def constant_speed(flow: Float[Tensor, "B 2 H W"]) -> Velocity:
+    """The velocity, for t in [0, 1], whose flow from t1 = 1 to t0 = 0 is this: every point goes straight on.
+
+    u(t, p) is the flow of the pixel of t1 that is at p at time t. It is not steady: it moves along with what moves.
+    """
+    return lambda t, p: sampled(flow, origin(flow, p, 1 - float(t)), flow.shape[-2:])
+
+
 def sampled(field: Float[Tensor, "B c h w"], p: Float[Tensor, "B 2 H W"], size: tuple[int, int]) -> Tensor:
     """A field at places p, in pixels of an image of this size, over which the field's grid is spread evenly."""
     scale = p.new_tensor([2 / max(size[1] - 1, 1), 2 / max(size[0] - 1, 1)])

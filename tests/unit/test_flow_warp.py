@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from predoc_lib.flow_warp.transport import advect, compose, inside, invert, pixels, sampled, trace, warp
+from predoc_lib.flow_warp.transport import advect, compose, constant_speed, inside, invert, pixels, sampled, trace, warp
 
 torch.manual_seed(0)
 
@@ -250,3 +250,22 @@ def test_a_coarse_field_is_spread_over_the_image():
     field = torch.arange(4.0)[None, None, None].expand(1, 1, 3, 4)
     found = sampled(field, pixels(torch.zeros(1, 2, 5, 7)), (5, 7))
     torch.testing.assert_close(found[0, 0, 2], torch.arange(7.0) / 2)
+
+
+def bump(size=48, height=3.0):
+    """A smooth flow that is zero at the edges and changes by less than a pixel a pixel."""
+    x, y = pixels(torch.zeros(1, 2, size, size, dtype=torch.float64))[0] / size * math.pi
+    both = torch.sin(x).square() * torch.sin(y).square()
+    return torch.stack([height * both, -0.5 * height * both])[None]
+
+
+def test_the_velocity_of_constant_speed_has_the_flow_that_it_was_made_of():
+    flow = bump()
+    here = pixels(flow)
+    u = constant_speed(flow)
+    whole = trace(u, here, 0, 1, steps=16, method="rk4") - here
+    assert (whole - flow).abs().max() < 0.01
+    half = trace(u, here, 0.5, 1, steps=8, method="rk4") - here
+    assert (half - flow / 2).abs().max() < 0.01
+    steady = trace(lambda t, p: sampled(flow, p, (48, 48)), here, 0, 1, steps=16, method="rk4") - here
+    assert (steady - flow).abs().max() > 0.1, "a steady field has another flow"
