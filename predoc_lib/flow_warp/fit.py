@@ -8,7 +8,7 @@ data term counts little.
 """
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -30,7 +30,7 @@ HIDDEN = 0.02  # weight of a pixel's data term where the directions disagree
 
 
 @torch.no_grad()
-def fit_pair(image0: Images, image1: Images, *, smoothness: float = SMOOTHNESS) -> Flows:
+def fit_pair(image0: Images, image1: Float[Tensor, "_ _ _ _"], *, smoothness: float = SMOOTHNESS) -> Flows:
     """The flow from image0's grid to image1, image0(p) = image1(p + flow(p)): Middlebury's direction.
 
     Args:
@@ -57,7 +57,9 @@ def fit_clip(frames: Float[Tensor, "T C H W"], *, smoothness: float = SMOOTHNESS
 
 
 @torch.no_grad()
-def fit_both(image0: Images, image1: Images, *, smoothness: float = SMOOTHNESS) -> tuple[Flows, Flows]:
+def fit_both(
+    image0: Images, image1: Float[Tensor, "_ _ _ _"], *, smoothness: float = SMOOTHNESS
+) -> tuple[Flows, Flows]:
     """The flow from image0's grid to image1, and that from image1's to image0.
 
     Args, Raises: as ``fit_pair``.
@@ -107,7 +109,7 @@ def other(x: Tensor) -> Tensor:
     return torch.cat(x.chunk(2)[::-1])
 
 
-def agree(flow: Flows) -> Float[Tensor, "B 1 H W"]:
+def agree(flow: Flows) -> Bool[Tensor, "B 1 H W"]:
     """Where there and back ends near where it began: elsewhere the pixel is hidden in the other image."""
     round_trip, back = compose(other(flow), flow), warp(other(flow), flow)
     length = (flow.square() + back.square()).sum(1, keepdim=True)
@@ -201,7 +203,7 @@ def weighted_median(flow: Flows, images: Images, certainty: Float[Tensor, "B 1 H
     return torch.stack(found).view_as(flow)
 
 
-def pyramid(images: Images) -> list[Images]:
+def pyramid(images: Images) -> list[Float[Tensor, "B C _ _"]]:
     """The images, and smaller and smaller ones."""
     height, width = images.shape[-2:]
     levels, scale = [images], FACTOR
@@ -212,7 +214,7 @@ def pyramid(images: Images) -> list[Images]:
     return levels
 
 
-def enlarged(flow: Flows, size: torch.Size) -> Flows:
+def enlarged(flow: Flows, size: torch.Size) -> Float[Tensor, "B 2 _ _"]:
     """A flow on another grid, in its pixels."""
     scale = flow.new_tensor([size[1] / flow.shape[-1], size[0] / flow.shape[-2]])[:, None, None]
     return resized(flow, size) * scale
