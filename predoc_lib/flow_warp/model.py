@@ -231,7 +231,7 @@ def correlation(
     a: Float[Tensor, "B C h w"], b: Float[Tensor, "B C h w"], flow: Float[Tensor, "B 2 h w"], reach: int
 ) -> Float[Tensor, "B _ h w"]:
     """How well a's features agree with b's where the flow points to, and up to ``reach`` cells around it."""
-    moved = F.pad(warp(unit(b), flow), (reach,) * 4)
+    moved = F.pad(warp(unit(b), flow), (reach,) * 4, mode="replicate")
     a, (h, w), side = unit(a), a.shape[-2:], 2 * reach + 1
     shifts = [(dy, dx) for dy in range(side) for dx in range(side)]
     return torch.stack([(a * moved[..., dy : dy + h, dx : dx + w]).sum(1) for dy, dx in shifts], 1)
