@@ -4,11 +4,13 @@
    lines), and alone (with a grid that is there). Each is timed in turn, round after round.
 2. The error of fitted flows on the motorcycle and RubberWhale (in the folder that PREDOC_DATA names), of Farneback's
    and of DIS's with OpenCV's usual settings, and the seconds that each takes with one thread.
-3. The same on unseen drawn drives, and frames made of these flows, as the recorded network's are measured.
+3. The same on unseen drawn drives, and frames made of these flows, beside the recorded network's; and on real drives,
+   whose flow nobody knows.
 """
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import statistics
 import time
@@ -22,13 +24,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from predoc_lib import results
-from predoc_lib.data import DataError, catalog, flow_pairs
+from predoc_lib.data import DataError, catalog, flow_pairs, read_video
 from predoc_lib.data.flow_pairs import PAIRS
-from predoc_lib.experiments.flow_warp import FLOWS, drawn_unseen
+from predoc_lib.experiments.flow_warp import SIZE, Unseen, drawn_unseen, load, measure, video_unseen
 from predoc_lib.files import whole
 from predoc_lib.flow_warp import between, fit, invert, warp
 from predoc_lib.metrics import endpoint_error, psnr
 
+DATA = {"pairs": tuple(PAIRS.values()), "drives": ("driving",), "highway": ("udacity",)}
 SHAPES = ((8, 64), (4, 128), (2, 256), (1, 512))  # images, pixels a side
 SETTINGS = (
     "FACTOR", "COARSEST", "BLUR", "WARPS", "REWEIGHTINGS", "ITERATIONS", "EXPONENT", "DATA_EPSILON",
@@ -117,11 +120,8 @@ def pairs() -> dict[str, dict[str, dict[str, float]]]:
     return found
 
 
-def drives(n: int) -> dict[str, dict[str, float]]:
-    """On drawn drives: the error of the flow between two seen frames, PSNR of the frame half-way and of the next."""
-    test, t1, half, t3 = drawn_unseen(n, "test"), 1.0, 1.5, 3.0
-    true, known = test.flows["seen"]
-    assert FLOWS["seen"] == (t1, 2.0)
+def rivals(test: Unseen) -> dict[str, dict[str, float]]:
+    """Of flows between two seen frames: their error, and PSNR of the frame half-way and of the next that they make."""
     found = {}
     for method, call in METHODS.items():
         if method == "zero":
@@ -130,12 +130,42 @@ def drives(n: int) -> dict[str, dict[str, float]]:
         for i in range(len(test)):
             earlier, later = test.context[i : i + 1, 1], test.context[i : i + 1, 2]
             flow, back = call(later, earlier), call(earlier, later)
-            rows["seen"].append(endpoint_error(flow, true[i : i + 1], known[i : i + 1]))
-            rows["half_psnr"].append(psnr(between(earlier, later, back, flow, 0.5), test.frames[half][i : i + 1]))
+            if test.flows:
+                true, known = (x[i : i + 1] for x in test.flows["seen"])
+                rows["seen"].append(endpoint_error(flow, true, known))
+            rows["half_psnr"].append(psnr(between(earlier, later, back, flow, 0.5), test.frames[1.5][i : i + 1]))
             ahead = invert(-flow)  # constant speed: what will be at p has this flow, and is there after one more of it
-            rows["next_psnr"].append(psnr(warp(later, ahead, mode="bicubic").clamp(0, 1), test.frames[t3][i : i + 1]))
-        found[method] = {name: torch.cat(x).mean().item() for name, x in rows.items()}
-        print("drives", method, found[method], flush=True)
+            rows["next_psnr"].append(psnr(warp(later, ahead, mode="bicubic").clamp(0, 1), test.frames[3.0][i : i + 1]))
+        found[method] = {name: torch.cat(x).mean().item() for name, x in rows.items() if x}
+        print(method, found[method], flush=True)
+    return found
+
+
+def network(test: Unseen) -> dict[str, dict[str, float]]:
+    """The same of the recorded network, and of what costs nothing."""
+    found = measure(load(results.RESULTS / "flow_warp" / "road-seed0")[0], test)
+    half, ahead = found["psnr"]["1.5"], found["psnr"]["3"]
+    rows = {name: {"half_psnr": half[name], "next_psnr": ahead[name]} for name in ("ode", "copy-last")}
+    rows["cross-fade"] = {"half_psnr": half["cross-fade"]}
+    for name, value in found["error"].get("seen", {}).items():
+        rows.setdefault({"zero": "copy-last"}.get(name, name), {})["seen"] = value
+    return rows
+
+
+def drives(n: int) -> dict[str, dict[str, float]]:
+    """On unseen drawn drives."""
+    test = drawn_unseen(n, "test")
+    return rivals(test) | network(test)
+
+
+def highway(n: int) -> dict[str, dict[str, dict[str, float]]]:
+    """On clips of real drives, every other frame seen; nothing was trained on them."""
+    found = {}
+    for path in sorted((catalog.require("udacity") / "driving").glob("*.mp4")):
+        clips = video_unseen(read_video(path, size=SIZE).frames)
+        some = torch.linspace(0, len(clips) - 1, n).round().long()
+        test = Unseen(clips.context[some], {t: x[some] for t, x in clips.frames.items()}, {})
+        found[path.stem] = rivals(test) | network(test)
     return found
 
 
@@ -151,14 +181,33 @@ def main() -> None:
     """Print ratios, write them as JSON and record the errors if asked to."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=60)
-    parser.add_argument("--drives", type=int, default=20)
-    parser.add_argument("--only", choices=("speed", "pairs", "drives"), help="one of the three")
+    parser.add_argument("--clips", type=int, default=20)
+    parser.add_argument("--only", choices=(*DATA, "speed"), help="one of the parts")
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--record", action="store_true", help="also write results/flow_warp/pairs")
+    parser.add_argument("--record", action="store_true", help="also write results/flow_warp/PART")
     a = parser.parse_args()
-    started, device = time.perf_counter(), torch.device("cpu")
-    parts = {"speed": lambda: speed(a.rounds), "pairs": pairs, "drives": lambda: drives(a.drives)}
-    found = {name: call() for name, call in parts.items() if a.only in (None, name)}
+    device, found = torch.device("cpu"), {}
+    parts = {
+        "speed": lambda: speed(a.rounds),
+        "pairs": pairs,
+        "drives": lambda: drives(a.clips),
+        "highway": lambda: highway(a.clips // 2),
+    }
+    for name, call in parts.items():
+        if a.only not in (None, name):
+            continue
+        started = time.perf_counter()
+        found[name] = call()
+        if a.record and name in DATA:
+            config = Settings({setting: getattr(fit, setting) for setting in SETTINGS})
+            digests = "".join(catalog.checksum(data) for data in DATA[name])
+            rec = results.record(
+                "flow_warp", config, found[name], device=device, wall_time_s=time.perf_counter() - started,
+                evaluations=1, history=[],
+                data={"name": ", ".join(DATA[name]), "sha256": hashlib.sha256(digests.encode()).hexdigest()},
+            )  # fmt: skip
+            rec["versions"]["opencv-python-headless"] = cv2.__version__
+            results.save(results.free_name("flow_warp", name), rec)
     for name, row in found.get("speed", {}).items():
         usual, alone = row["warp"] / row["usual"], row["warp"] / row["alone"]
         print(
@@ -169,14 +218,6 @@ def main() -> None:
         record = {"device": results.device_name(device), "revision": results.revision(), "torch": torch.__version__}
         with whole(a.out) as temporary:
             temporary.write_text(json.dumps(record | found, indent=1) + "\n")
-    if a.record:
-        config = Settings({name: getattr(fit, name) for name in SETTINGS})
-        rec = results.record(
-            "flow_warp", config, found, device=device, wall_time_s=time.perf_counter() - started, evaluations=1,
-            data={"name": "motorcycle, rubber_whale, driving", "sha256": catalog.checksum("motorcycle")}, history=[],
-        )  # fmt: skip
-        rec["versions"]["opencv-python-headless"] = cv2.__version__
-        results.save(results.free_name("flow_warp", "pairs"), rec)
 
 
 if __name__ == "__main__":

@@ -88,7 +88,7 @@ def flow_picture(
     """
     height, width = flow.shape[-2:]
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(4.8, 4.8 * height / width))
+        figure = Figure(figsize=(4.8, 4.8 * height / width), layout="none")
         axis = figure.add_axes((0, 0, 1, 1))
         grey = np.repeat(image.mean(-1, keepdims=True), 3, -1)
         axis.imshow((0.35 * grey + 0.65 * flow_colours(flow, largest)).astype(np.uint8))

@@ -35,7 +35,7 @@ FLOWS = {"seen": (1.0, 2.0), "half-way": (1.0, 1.5), "next": (2.0, 3.0), "three"
 class Config(TrainingConfig):
     """What a run of this experiment is made of."""
 
-    steps: int = option(600, "optimizer steps", low=1)
+    steps: int = option(1500, "optimizer steps", low=1)
     batch_size: int = option(8, "clips a step", low=1)
     learning_rate: float = option(1.5e-3, "the highest, of Adam with warm-up and cosine decay", low=1e-8)
     clip: float = option(1.0, "longest gradient, a longer one is scaled down; 0: none is", low=0)
