@@ -37,7 +37,7 @@ class Config(TrainingConfig):
 
     steps: int = option(1500, "optimizer steps", low=1)
     batch_size: int = option(8, "clips a step", low=1)
-    learning_rate: float = option(1.5e-3, "the highest, of Adam with warm-up and cosine decay", low=1e-8)
+    learning_rate: float = option(1e-3, "the highest, of Adam with warm-up and cosine decay", low=1e-8)
     clip: float = option(1.0, "longest gradient, a longer one is scaled down; 0: none is", low=0)
     video: str = option("", "a video file or folder of frames, also below PREDOC_DATA; empty: drawn drives")
     width: int = option(32, "channels of the layers", low=1)
@@ -46,7 +46,7 @@ class Config(TrainingConfig):
     method: str = option("midpoint", "of the solver (the report: euler)", choices=("euler", "midpoint", "heun", "rk4"))
     residual: bool = option(True, "correct frames after the context's, for new content (the report: no)")
     census_weight: float = option(0.1, "of the census in the photometric loss", low=0)
-    smoothness: float = option(0.1, "weight of the edge-aware smoothness", low=0)
+    smoothness: float = option(0.01, "weight of the edge-aware smoothness", low=0)
     n_train: int = option(500, "drives that are drawn, each also mirrored", low=1)
     n_test: int = option(60, "unseen drives", low=1)
 

@@ -134,3 +134,24 @@ def test_a_videos_clips_take_every_other_frame():
     assert {t: round(x[0, 0, 0, 0].item() * 255) for t, x in unseen.frames.items()} == {
         t: int(2 * t) for t in (*HALF_WAY, *AHEAD)
     }
+
+
+@pytest.mark.filterwarnings("ignore:The model was trained")
+def test_recorded_weights_are_better_than_what_costs_nothing():
+    """A few drives do not give the record's figures, but they tell a trained model from none."""
+    model, _ = load(results.RESULTS / "flow_warp" / "road-seed0")
+    found = measure(model, drawn_unseen(4, "test"))
+    for t, rival in (("0.5", "cross-fade"), ("1.5", "cross-fade"), ("3", "copy-last"), ("5", "copy-last")):
+        assert found["psnr"][t]["ode"] > found["psnr"][t][rival] + 1
+    for row in found["error"].values():
+        assert row["ode"] < 0.7 * row["zero"]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The model was trained")
+def test_recorded_weights_have_the_figures_of_their_record():
+    folder = results.RESULTS / "flow_warp" / "road-seed0"
+    model, config = load(folder)
+    found = results.figures({"metrics": measure(model, drawn_unseen(config.n_test, "test"))})
+    wanted = results.figures(results.load(folder))
+    assert {name: wanted[name] for name in found} == pytest.approx(found, abs=0.03)
