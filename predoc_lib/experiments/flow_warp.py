@@ -18,8 +18,7 @@ from predoc_lib.data.driving import driving
 from predoc_lib.experiments.config import TrainingConfig, choose_device, option
 from predoc_lib.experiments.running import experiment, main
 from predoc_lib.experiments.yolo_clips import STEP, draw, starts
-from predoc_lib.experiments.yolo_dynamics import TRAINING_SHARE, find
-from predoc_lib.experiments.yolo_dynamics import checksum as checksum_of_video
+from predoc_lib.experiments.yolo_dynamics import TRAINING_SHARE, find, identify
 from predoc_lib.files import FileError
 from predoc_lib.flow_warp import WarpODE, warp
 from predoc_lib.flow_warp.losses import edge_aware_smoothness, photometric
@@ -132,7 +131,7 @@ def video_unseen(frames: UInt8[Tensor, "T C H W"]) -> Unseen:
     length = int(2 * max(t)) + 1
     if len(frames) < length:
         raise FileError(f"A clip takes {length} frames, there are {len(frames)}: take a longer video.")
-    clips = frames.unfold(0, length, 2).movedim(-1, 1).float() / 255
+    clips = frames.unfold(0, length, 1).movedim(-1, 1).float() / 255
     return Unseen(clips[:, [2 * i for i in range(CONTEXT)]], {float(x): clips[:, int(2 * x)] for x in t[CONTEXT:]}, {})
 
 
@@ -244,7 +243,7 @@ def run(config: Config, folder: Path | None = None, progress: bool | None = None
 def checksum(config: Config) -> dict[str, str]:
     """Name and sha256 of the data."""
     if config.video:
-        return checksum_of_video(config)
+        return identify(find(config.video))
     return {"name": "driving", "sha256": catalog.checksum("driving")}
 
 
