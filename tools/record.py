@@ -32,6 +32,7 @@ KEEP = {  # runs whose weights a chapter loads
     "flow2d": [f"{density}-{objective}-seed0" for density in DENSITIES for objective in OBJECTIVES],
     "features": ("cifar10_subset-seed0",),
     "yolo_dynamics": ("road-ode-seed0", "road-gru-seed0"),
+    "flow_warp": ("road-seed0",),
 }
 FILES = {"yolo_detector": ("detector.cfg", "detector.weights")}  # in place of weights
 
@@ -170,6 +171,11 @@ def yolo_dynamics() -> dict[str, dict]:
     return runs
 
 
+def flow_warp() -> dict[str, dict]:
+    """The same: a velocity field on the drawn road. Errors of fitted flows are recorded by benchmarks/flow_warp.py."""
+    return {"road-seed0": {"steps": 300, "evaluate_every": 50, "learning_rate": 1.5e-3, "smoothness": 0.1}}
+
+
 PLANS = {
     "latent_ode": latent_ode,
     "flow2d": flow2d,
@@ -177,6 +183,7 @@ PLANS = {
     "features": features,
     "yolo_detector": yolo_detector,
     "yolo_dynamics": yolo_dynamics,
+    "flow_warp": flow_warp,
 }
 
 

@@ -135,7 +135,12 @@ def checksum(config: Config) -> dict[str, str]:
     """Name and sha256 of the data."""
     if not config.video:
         return {"name": "driving", "sha256": catalog.checksum("driving")}
-    path, digest = find(config.video), hashlib.sha256()
+    return identify(find(config.video))
+
+
+def identify(path: Path) -> dict[str, str]:
+    """Name and sha256 of a video, or of a folder's frames."""
+    digest = hashlib.sha256()
     for file in sorted(path.iterdir()) if path.is_dir() else [path]:
         digest.update(file.read_bytes())
     return {"name": path.name, "sha256": digest.hexdigest()}

@@ -10,6 +10,7 @@ from predoc_lib.cnf import CNF, divergence
 from predoc_lib.data import moving_digits
 from predoc_lib.experiments import latent_ode
 from predoc_lib.experiments.config import build
+from predoc_lib.flow_warp import WarpODE, fit_pair, warp
 from predoc_lib.measure import bytes_kept, peak_bytes
 from predoc_lib.msflow import MSFlow
 from predoc_lib.ode import NeuralODE, integrate, odeint_adjoint
@@ -243,3 +244,28 @@ def test_lower_precision_and_compilation_change_the_final_loss_of_the_smoke_run_
     ratios = [final(seed=seed, **change) / final(seed=seed) for seed in seeds]
     print(f"final loss over that of float32, {change}: {ratios}")
     assert sum(ratios) / len(ratios) == pytest.approx(1, abs=0.02)
+
+
+def test_warps_and_velocities_are_those_of_the_cpu():
+    torch.manual_seed(0)
+    frames, flow = torch.rand(2, 3, 3, 48, 64), 3 * torch.randn(2, 2, 48, 64)
+    model, t = WarpODE(width=8, residual=True), torch.arange(3.0)
+    query = torch.tensor([0.5, 2.0, 3.5])
+    for mode in ("bilinear", "bicubic"):
+        here = warp(frames[:, 0].to(GPU), flow.to(GPU), mode=mode).cpu()
+        torch.testing.assert_close(here, warp(frames[:, 0], flow, mode=mode), atol=1e-4, rtol=0)
+    with torch.no_grad():
+        expected = model.predict(frames, t, query), model.flow(frames, t, 2.0, 3.0)
+        model = model.to(GPU)
+        found = model.predict(frames.to(GPU), t.to(GPU), query.to(GPU)), model.flow(frames.to(GPU), t.to(GPU), 2.0, 3.0)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a.cpu(), b, atol=2e-2, rtol=0)
+
+
+def test_a_pair_is_fitted_on_the_device_of_its_images():
+    torch.manual_seed(0)
+    image = nn.functional.interpolate(torch.rand(1, 3, 8, 10), (48, 60), mode="bicubic").clamp(0, 1)
+    flow = torch.ones(1, 2, 48, 60)
+    found = fit_pair(warp(image, flow).to(GPU), image.to(GPU))
+    assert found.device.type == GPU
+    assert (found.cpu() - flow)[..., 8:-8, 8:-8].abs().mean() < 0.1

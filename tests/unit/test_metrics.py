@@ -4,7 +4,7 @@ import pytest
 import skimage.metrics
 import torch
 
-from predoc_lib.metrics import centroid, mse, psnr, ssim
+from predoc_lib.metrics import centroid, endpoint_error, mse, psnr, ssim
 
 
 def test_mse_and_psnr_by_hand():
@@ -59,3 +59,12 @@ def test_the_centroid_weighs_by_brightness_over_all_channels():
     frames = torch.zeros(1, 2, 8, 8)
     frames[0, 0, 0, 0], frames[0, 1, 4, 2] = 0.25, 0.75
     torch.testing.assert_close(centroid(frames)[0], torch.tensor([3.0, 1.5]), atol=1e-4, rtol=0)
+
+
+def test_the_endpoint_error_is_a_mean_length_over_what_counts():
+    flow, true = torch.zeros(2, 2, 2, 2), torch.zeros(2, 2, 2, 2)
+    true[0, :, 0, 0], true[0, :, 1, 1] = torch.tensor([3.0, 4.0]), torch.tensor([300.0, 400.0])
+    known = torch.ones(2, 2, 2, dtype=torch.bool)
+    known[0, 1, 1] = False
+    torch.testing.assert_close(endpoint_error(flow, true, known), torch.tensor([5 / 3, 0.0]))
+    torch.testing.assert_close(endpoint_error(flow, true), torch.tensor([505 / 4, 0.0]))

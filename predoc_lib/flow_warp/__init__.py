@@ -1,0 +1,20 @@
+"""Video as transport: images that are warped along a velocity field (report, section 5.4)."""
+
+from predoc_lib.flow_warp.fit import between, fit_both, fit_clip, fit_pair
+from predoc_lib.flow_warp.model import WarpODE
+from predoc_lib.flow_warp.transport import (
+    advect,
+    compose,
+    constant_speed,
+    inside,
+    invert,
+    pixels,
+    sampled,
+    trace,
+    warp,
+)  # fmt: skip
+
+__all__ = [
+    "WarpODE", "advect", "between", "compose", "constant_speed", "fit_both", "fit_clip", "fit_pair", "inside", "invert",
+    "pixels", "sampled", "trace", "warp",
+]  # fmt: skip
