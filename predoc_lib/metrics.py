@@ -4,7 +4,7 @@ import math
 from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor, nn
 from torchmetrics.detection import MeanAveragePrecision
 from torchmetrics.functional.image import structural_similarity_index_measure
@@ -34,6 +34,16 @@ def ssim(a: Float[Tensor, "*batch C H W"], b: Float[Tensor, "*batch C H W"]) -> 
     shape = a.shape[:-3]
     a, b = (x.reshape(-1, *x.shape[-3:]) for x in torch.broadcast_tensors(a, b))
     return structural_similarity_index_measure(a, b, data_range=1.0, reduction="none").reshape(shape)
+
+
+def endpoint_error(
+    flow: Float[Tensor, "B 2 H W"], true: Float[Tensor, "B 2 H W"], known: Bool[Tensor, "B H W"] | None = None
+) -> Float[Tensor, " B"]:
+    """Mean length of the difference of two flows, in pixels, over the pixels that count; NaN where none does."""
+    error = (flow - true).norm(dim=1)
+    if known is None:
+        return error.mean((1, 2))
+    return torch.where(known, error, 0.0).sum((1, 2)) / known.sum((1, 2))
 
 
 def centroid(frames: Float[Tensor, "*batch C H W"]) -> Float[Tensor, "*batch 2"]:

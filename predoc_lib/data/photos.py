@@ -23,7 +23,7 @@ PICTURES = {
     "train": ("astronaut", "coffee", "rocket", "motorcycle", "china"),
     "test": ("chelsea", "flower"),
 }
-FILES = {"rocket": "rocket.jpg", "motorcycle": "motorcycle_left.png"}
+FILES = {"rocket": "rocket.jpg", "motorcycle": "motorcycle_left.png", "motorcycle_disp": "motorcycle_disp.npz"}
 
 
 def photos(

@@ -46,6 +46,12 @@ def _driving() -> bytes:
     return Path(__file__).with_name("driving.py").read_bytes()  # it is drawn: what draws it is the data
 
 
+def _motorcycle() -> bytes:
+    from predoc_lib.data.flow_pairs import content  # a module that imports this one
+
+    return content()
+
+
 def _download_mnist(folder: Path) -> None:
     import torchvision
 
@@ -124,6 +130,31 @@ DATASETS: dict[str, DataSet] = {
         "MIT",
         _driving,
         where="predoc_lib",
+    ),
+    "motorcycle": DataSet(
+        "two photographs of a motorcycle from two places, 741 x 500, with their true disparity",
+        "Middlebury Stereo 2014",
+        _motorcycle,
+        where="scikit-image",
+    ),
+    "rubber_whale": DataSet(
+        "RubberWhale, two photographs, 584 x 388, with their true optical flow (Middlebury)",
+        "not stated",
+        files={
+            "flow/RubberWhale/frame10.png": (
+                360_913,
+                "eb312435369dac9efcc92f7e098edbd9ed8d7e6dfede8b3b4d8e3702cd80b796",
+            ),
+            "flow/RubberWhale/frame11.png": (
+                361_085,
+                "ee309a00d47b837b322ea5d9128775e0c46869b8014376286ba316a073d293ac",
+            ),
+            "flow/RubberWhale/flow10.flo": (
+                1_812_748,
+                "f57359dd1a35907322f7a890a5e61bd0dd421aac89fd51ba0c71bf3a7e0a8890",
+            ),
+        },
+        instead="motorcycle",
     ),
     "cifar10": DataSet(
         "CIFAR-10, 60,000 colour images, 32 x 32",

@@ -84,6 +84,11 @@ def extract(network: Darknet, frames: UInt8[Tensor, "N T 3 H W"], mirrored: bool
     return [torch.cat(x).unflatten(0, frames.shape[:2]) for x in zip(*parts, strict=True)]
 
 
+def starts(n: int) -> Float[np.ndarray, " n"]:
+    """When each of n drives begins, in ``driving``'s intervals."""
+    return np.random.default_rng(n).uniform(0, START, n)
+
+
 def draw(
     n: int, split: str, t: Float[Tensor, " T"], with_objects: bool
 ) -> tuple[UInt8[Tensor, "n T 3 H W"], list[list[Objects]] | None]:
@@ -100,8 +105,8 @@ def draw(
     if kept and kept.exists():
         tensors = safetensors.torch.load_file(kept)
     else:
-        starts = np.random.default_rng(n).uniform(0, START, n)
-        work = [(scene, start, times, with_objects) for scene, start in zip(driving(n, split), starts, strict=True)]
+        drives = zip(driving(n, split), starts(n), strict=True)
+        work = [(scene, start, times, with_objects) for scene, start in drives]
         cores = len(os.sched_getaffinity(0))
         if n >= MANY and cores > 1:
             spawn = multiprocessing.get_context("spawn")

@@ -134,8 +134,8 @@ def test_list_shows_every_parameter_its_presets_and_its_meaning_in_120_columns(p
         (["--versoin"], "Did you mean '--version'?"),
         (
             ["data", "minst"],
-            "Unknown data set 'minst'. Did you mean 'mnist'? Valid: digits, mnist, photos, driving, cifar10, "
-            "cifar10_subset, udacity, bdd100k, yolo_fastest, yolo_fastest_xl, yolov3_tiny, yolov3.",
+            "Unknown data set 'minst'. Did you mean 'mnist'? Valid: digits, mnist, photos, driving, "
+            "motorcycle, rubber_whale, cifar10, cifar10_subset, udacity, bdd100k, yolo_fastest, yolo_fastest_xl, yolov3_tiny, yolov3.",
         ),
     ],
 )
