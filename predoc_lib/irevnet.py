@@ -17,7 +17,7 @@ Image = Float[Tensor, "B _ _ _"]
 
 
 class Block(nn.Module):
-    """One additive coupling. F is a bottleneck: a convolution of ``outer`` x ``outer`` cells, of 3 x 3, and as the first.
+    """One additive coupling. F is a bottleneck of three convolutions: ``outer`` x ``outer``, 3 x 3, and as the first.
 
     Args:
         channels: of both halves together, as they come in.

@@ -32,6 +32,7 @@ KEEP = {  # runs whose weights a chapter loads
     "flow2d": [f"{density}-{objective}-seed0" for density in DENSITIES for objective in OBJECTIVES],
     "features": ("cifar10_subset-seed0",),
     "yolo_dynamics": ("road-ode-seed0", "road-gru-seed0"),
+    "features_to_frames": ("road-irevnet", "road-irevnet-pixels", "road-plain", "road-last"),
 }
 FILES = {"yolo_detector": ("detector.cfg", "detector.weights")}  # in place of weights
 
@@ -170,6 +171,23 @@ def yolo_dynamics() -> dict[str, dict]:
     return runs
 
 
+def features_to_frames() -> dict[str, dict]:
+    """The same: the i-RevNet as the report had it and as it might have been, and what to take instead."""
+    rows = {
+        "irevnet": {"method": "irevnet", "learning_rate": 1e-3},
+        "last": {"method": "last_frame"},
+        "plain": {"method": "plain"},
+        "irevnet-pixels": {"method": "irevnet", "learning_rate": 1e-3, "pixel_weight": 0.1},
+        "irevnet-augmented": {"method": "irevnet", "learning_rate": 1e-3, "pixel_weight": 0.1, "noise": 0.2},
+        "plain-true": {"method": "plain", "sees": "true"},
+        "last-true": {"method": "last_frame", "sees": "true"},
+        "last-cycle": {"method": "last_frame", "cycle_weight": 0.5},
+        "last-joint": {"method": "last_frame", "end_to_end": True},
+        "irevnet-joint": {"method": "irevnet", "learning_rate": 1e-3, "pixel_weight": 0.1, "end_to_end": True},
+    }
+    return {f"road-{name}": row for name, row in rows.items()}
+
+
 PLANS = {
     "latent_ode": latent_ode,
     "flow2d": flow2d,
@@ -177,6 +195,7 @@ PLANS = {
     "features": features,
     "yolo_detector": yolo_detector,
     "yolo_dynamics": yolo_dynamics,
+    "features_to_frames": features_to_frames,
 }
 
 
