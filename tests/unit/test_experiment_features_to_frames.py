@@ -1,0 +1,95 @@
+"""The experiment end to end, very small, and its measures against what they must be."""
+
+import pytest
+import torch
+
+from predoc_lib import results
+from predoc_lib.experiments.features_to_frames import (
+    METHODS,
+    SEEN,
+    Clips,
+    Config,
+    build_model,
+    distance,
+    load,
+    measure,
+    run,
+    training_clips,
+    unseen_clips,
+    wanted_features,
+)  # fmt: skip
+
+TINY = {"steps": 2, "batch_size": 2, "n_train": 2, "n_test": 2, "hidden": 4, "depth": 1, "device": "cpu"}
+CHANGES = {
+    "report": {"method": "irevnet"},
+    "pixels": {"method": "irevnet", "pixel_weight": 0.1, "remainder": "last", "noise": 0.1},
+    "joint": {"method": "irevnet", "pixel_weight": 0.1, "remainder": "true", "end_to_end": True},
+    "plain": {"method": "plain", "sees": "true"},
+    "last": {"method": "last_frame", "cycle_weight": 0.5},
+}
+
+
+@pytest.fixture(scope="module")
+def clips():
+    model, network = build_model(Config(**TINY))
+    return model, network, unseen_clips(network, 2)
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_run_leaves_a_record_and_weights_that_measure_the_same(tmp_path, change):
+    config = Config(**TINY | change)
+    record = run(config, tmp_path / "run", progress=False)
+    assert results.load(tmp_path / "run") == record
+    model, network, again = load(tmp_path / "run")
+    assert again == config
+    clips = training_clips(network, config.n_train)
+    found = measure(model, network, unseen_clips(network, config.n_test), clips.frames.float().mean((0, 1)) / 255)
+    for seen, rows in record["metrics"]["frames"].items():
+        for name, row in rows.items():
+            for key in ("psnr", "ssim", "distance"):
+                assert found[seen][name][key] == pytest.approx(row[key], rel=1e-4), (seen, name, key)
+
+
+def test_a_mirrored_clip_has_the_features_of_its_own_frames(clips):
+    _, network, _ = clips
+    data = training_clips(network, 2)
+    assert len(data) == 2 * 2 * 3
+    for number in (4, 10):
+        clip = data.__getitems__([number])
+        for x, y in zip(network.features(clip["frames"][0]), clip["features"], strict=True):
+            torch.testing.assert_close(y[0], x, atol=0.02, rtol=0.01)
+
+
+def test_features_half_way_are_the_mean_of_the_neighbours_and_true_ones_are_those_of_the_frame(clips):
+    model, network, unseen = clips
+    rows = slice(0, 2)
+    for seen, frame in (("true", 8), ("half-way", 3)):
+        wanted, at = wanted_features(model, unseen, rows, seen)
+        assert at == frame
+        if seen == "true":
+            found = network.features(unseen.frames[rows, at].float() / 255)
+            assert distance(model, found, wanted).max() < 1e-4
+        else:
+            for x, y in zip(wanted, unseen.features, strict=True):
+                torch.testing.assert_close(x, (y[:, 2].float() + y[:, 4].float()) / 2)
+    assert {seen: wanted_features(model, unseen, rows, seen)[1] for seen in SEEN} == {
+        "true": 8, "predicted +1": 4, "predicted +3": 8, "predicted +6": 14, "half-way": 3,
+    }  # fmt: skip
+
+
+def test_a_perfect_maker_is_measured_as_perfect(clips):
+    """An i-RevNet that is given its own feature and the true remainder, in the place of the detector's."""
+    _, network, unseen = clips
+    model, _ = build_model(Config(**TINY | {"method": "irevnet"}))
+    images = unseen.frames[:, 8].float() / 255
+    feature, remainder = model.maker(images)
+    assert (model.maker.inverse(feature, remainder) - images).abs().max() < 1e-4
+    table = measure(model, network, unseen, torch.zeros(3, 96, 160))
+    assert set(table["true"]) == {"true", "last", "zero", "copy-last", "mean image"}
+    assert set(table["half-way"]) == {*table["true"], "cross-fade"}
+    assert table["true"]["copy-last"] == table["predicted +3"]["copy-last"]
+
+
+def test_every_method_has_a_name_that_is_tested():
+    assert {change["method"] for change in CHANGES.values()} == set(METHODS)
+    assert Clips.collate({"frames": 1}) == {"frames": 1}
