@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrizations
 
 Image = Float[Tensor, "B _ _ _"]
 
@@ -146,6 +147,82 @@ class IRevNet(nn.Module):
             x1, x2 = block.inverse(x1, x2)
         x = torch.cat([x1, x2], 1)
         return F.pixel_shuffle(x[:, : 4 * self.channels], 2)
+
+
+class ResidualBlock(nn.Module):
+    """x + g(x), where g shrinks every distance to ``contraction`` at most (i-ResNet, Behrmann et al. 2019).
+
+    g is two convolutions of 3 x 3 with ReLU before each; the norm of such a convolution is at most 3 times that of its
+    kernel as a matrix, which is what spectral normalization fixes. The inverse is the fixed point of x = y - g(x).
+    """
+
+    def __init__(self, channels: int, hidden: int, contraction: float = 0.9) -> None:
+        super().__init__()
+        self.convolutions = nn.ModuleList(
+            parametrizations.spectral_norm(nn.Conv2d(a, b, 3, padding=1))
+            for a, b in ((channels, hidden), (hidden, channels))
+        )
+        self.factor, self.contraction = contraction / 9, contraction
+
+    def g(self, x: Image) -> Image:
+        """What is added."""
+        for convolution in self.convolutions:
+            x = convolution(x.relu())
+        return self.factor * x
+
+    def forward(self, x: Image) -> Image:
+        """x + g(x)."""
+        return x + self.g(x)
+
+    def inverse(self, y: Image, steps: int) -> Image:
+        """The fixed point, to a relative error of ``contraction ** steps``."""
+        x = y
+        for _ in range(steps):
+            x = y - self.g(x)
+        return x
+
+
+class IResNet(nn.Module):
+    """An image as (feature, remainder), and back, as ``IRevNet``, by contractive residual blocks.
+
+    Args:
+        channels: of the images.
+        blocks: how many in each level; before each level pixels are rearranged, once more before the first.
+        features: channels of the feature.
+        hidden: channels within a block, in each level.
+        steps: of the fixed-point iteration of the inverse.
+    """
+
+    def __init__(
+        self, channels: int, blocks: tuple[int, ...], features: int, hidden: tuple[int, ...], steps: int = 30
+    ) -> None:
+        super().__init__()
+        self.features, self.steps, self.out_channels = features, steps, channels * 4 ** (len(blocks) + 1)
+        self.levels = nn.ModuleList()
+        for level, (count, width) in enumerate(zip(blocks, hidden, strict=True)):
+            inner = channels * 4 ** (level + 2)
+            self.levels.append(nn.ModuleList(ResidualBlock(inner, width) for _ in range(count)))
+
+    def forward(self, image: Image) -> tuple[Float[Tensor, "B f h w"], Float[Tensor, "B r h w"]]:
+        """Feature and remainder."""
+        x = F.pixel_unshuffle(image, 2)
+        for blocks in self.levels:
+            x = F.pixel_unshuffle(x, 2)
+            for block in blocks:
+                x = block(x)
+        return x[:, : self.features], x[:, self.features :]
+
+    def inverse(self, feature: Float[Tensor, "B f h w"], remainder: Float[Tensor, "B r _ _"] | None = None) -> Image:
+        """The image, by fixed points; None: a remainder of zeros."""
+        if remainder is None:
+            size = (len(feature), self.out_channels - self.features, *feature.shape[2:])
+            remainder = feature.new_zeros(size)
+        x = torch.cat([feature, remainder], 1)
+        for blocks in reversed(self.levels):
+            for block in reversed(blocks):
+                x = block.inverse(x, self.steps)
+            x = F.pixel_shuffle(x, 2)
+        return F.pixel_shuffle(x, 2)
 
 
 def levels_for(image: tuple[int, int, int], shapes: list[tuple[int, int, int]]) -> int:

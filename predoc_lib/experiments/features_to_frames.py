@@ -19,14 +19,15 @@ from predoc_lib.experiments import yolo_dynamics
 from predoc_lib.experiments.config import TrainingConfig, choose_device, option
 from predoc_lib.experiments.running import experiment, main
 from predoc_lib.experiments.yolo_clips import AHEAD, CONTEXT, TRAINED, draw, extract
-from predoc_lib.frames import Heads, LastFrameDecoder, PlainDecoder
-from predoc_lib.irevnet import IRevNet, gather, levels_for
+from predoc_lib.frames import Critic, Heads, LastFrameDecoder, PlainDecoder
+from predoc_lib.irevnet import IResNet, IRevNet, gather, levels_for
 from predoc_lib.yolo import Darknet, FeatureODE
 from predoc_lib.yolo.dynamics import Features
 
 SIZE = (96, 160)
-METHODS = ("irevnet", "plain", "last_frame")
-REMAINDERS = ("true", "last", "zero")
+METHODS = ("irevnet", "iresnet", "plain", "last_frame")
+INVERTIBLE = (IRevNet, IResNet)
+REMAINDERS = ("true", "last", "zero", "ode")
 DYNAMICS = results.RESULTS / "yolo_dynamics" / "road-ode-seed0"
 BATCH = 20
 SEEN = {"true": 3.0, "predicted +1": 1.0, "predicted +3": 3.0, "predicted +6": 6.0, "half-way": 0.5}
@@ -47,13 +48,14 @@ class Config(TrainingConfig):
         choices=("predicted", "true"),
     )  # fmt: skip
     noise: float = option(0.0, "of those features, in the channels' units", low=0)
-    pixel_weight: float = option(0.0, "i-RevNet: of the frame that the inverse gives (the report: 0)", low=0)
-    remainder: str = option("zero", "i-RevNet: what stands for the remainder there", choices=REMAINDERS)
+    pixel_weight: float = option(0.0, "invertible: of the frame that the inverse gives (the report: 0)", low=0)
+    remainder: str = option("zero", "invertible: what stands for the remainder there", choices=REMAINDERS)
     cycle_weight: float = option(0.0, "of the distance between the frame's own features and the true ones", low=0)
+    adversarial_weight: float = option(0.0, "of a critic that tells made frames from true ones", low=0)
     end_to_end: bool = option(False, "the equation of the features is trained too")
     feature_weight: float = option(1.0, "end to end: of the predicted features' error", low=0)
-    hidden: int = option(24, "i-RevNet: channels within a block of its last level", low=1)
-    depth: int = option(2, "i-RevNet: blocks a level", low=1)
+    hidden: int = option(24, "invertible: channels within a block of its last level", low=1)
+    depth: int = option(2, "invertible: blocks a level", low=1)
     n_train: int = option(700, "drives that are drawn, each also mirrored", low=1)
     n_test: int = option(100, "unseen drives", low=1)
 
@@ -71,11 +73,20 @@ class Model(nn.Module):
         maker: an ``IRevNet``, a ``PlainDecoder`` or a ``LastFrameDecoder``.
         ode: of the features; its units are the ones in which the maker sees them.
         end_to_end: the equation is trained, and kept with the weights.
+        rest: an equation of the remainder, if it has its own.
+        critic: of the made frames, if there is one.
     """
 
-    def __init__(self, maker: nn.Module, ode: FeatureODE, end_to_end: bool) -> None:
+    def __init__(
+        self,
+        maker: nn.Module,
+        ode: FeatureODE,
+        end_to_end: bool = False,
+        rest: FeatureODE | None = None,
+        critic: Critic | None = None,
+    ) -> None:
         super().__init__()
-        self.maker = maker
+        self.maker, self.rest, self.critic = maker, rest, critic
         if end_to_end:
             self.ode = ode
         else:  # an attribute like any other: recorded already, it is no part of this model's weights
@@ -100,13 +111,21 @@ class Model(nn.Module):
         features, wanted = (
             [x / scale for x, scale in zip(y, self.ode.scales, strict=True)] for y in (features, wanted)
         )
-        if isinstance(self.maker, IRevNet):
+        if isinstance(self.maker, INVERTIBLE):
             return self.maker.inverse(gather(wanted), remainder)
         return self.maker(wanted) if isinstance(self.maker, PlainDecoder) else self.maker(last, features, wanted)
 
     def remainder(self, images: Float[Tensor, "B 3 H W"]) -> Tensor | None:
-        """What an i-RevNet leaves over of images; other makers have none."""
-        return self.maker(images)[1] if isinstance(self.maker, IRevNet) else None
+        """What an invertible network leaves over of images; other makers have none."""
+        return self.maker(images)[1] if isinstance(self.maker, INVERTIBLE) else None
+
+    def remainders_ahead(
+        self, seen: Float[Tensor, "B 3 3 H W"], ahead: Float[Tensor, " Q"]
+    ) -> Float[Tensor, "B Q r h w"]:
+        """The remainders so many frames ahead, by their own equation, from those of the frames seen."""
+        t = torch.arange(float(CONTEXT), device=ahead.device)
+        remainders = self.remainder(seen.flatten(0, 1)).unflatten(0, seen.shape[:2])
+        return self.rest.predict([remainders.detach()], t, CONTEXT - 1 + ahead)[0]
 
 
 @dataclasses.dataclass
@@ -166,14 +185,21 @@ def build_model(config: Config) -> tuple[Model, Darknet]:
     """The untrained model of a Config, with the recorded equation of the features; and the detector."""
     ode, network, _ = yolo_dynamics.load(DYNAMICS)
     shapes = network.shapes
-    if config.method == "irevnet":
+    one = gather([torch.empty(1, *shape) for shape in shapes])
+    rest = None
+    if config.method in ("irevnet", "iresnet"):
         levels = levels_for((3, *SIZE), shapes)
         hidden = tuple(max(8, config.hidden // 2 ** (levels - 1 - level)) for level in range(levels))
-        channels = gather([torch.empty(1, *shape) for shape in shapes]).shape[1]
-        maker = IRevNet(3, (config.depth,) * levels, channels, hidden, norm=False)
+        blocks, channels = (config.depth,) * levels, one.shape[1]
+        if config.method == "irevnet":
+            maker = IRevNet(3, blocks, channels, hidden, norm=False)
+        else:
+            maker = IResNet(3, blocks, channels, hidden)
+        if config.remainder == "ode":
+            rest = FeatureODE([(maker.out_channels - channels, *one.shape[2:])], moves=False)
     else:
         maker = {"plain": PlainDecoder, "last_frame": LastFrameDecoder}[config.method](shapes)
-    return Model(maker, ode, config.end_to_end), network
+    return Model(maker, ode, config.end_to_end, rest, Critic() if config.adversarial_weight else None), network
 
 
 def load(folder: Path) -> tuple[Model, Darknet, Config]:
@@ -217,7 +243,8 @@ def objective(config: Config, network: Darknet) -> Callable[[Model, dict[str, An
         last = frames[:, CONTEXT - 2 : CONTEXT].repeat_interleave(TRAINED, 0)
         now = [x[:, CONTEXT - 1].repeat_interleave(TRAINED, 0) for x in features]
         remainder = None
-        if config.method == "irevnet":
+        invertible = isinstance(model.maker, INVERTIBLE)
+        if invertible:
             found, rest = model.maker(target)
             units = [x / scale for x, scale in zip(true, model.ode.scales, strict=True)]
             parts["match"] = (found - gather(units)).square().mean()
@@ -226,13 +253,20 @@ def objective(config: Config, network: Darknet) -> Callable[[Model, dict[str, An
                 remainder = rest
             elif config.remainder == "last":
                 remainder = model.maker(last[:, 1])[1]
-        if config.method != "irevnet" or config.pixel_weight:
+            elif config.remainder == "ode":
+                remainder = model.remainders_ahead(frames[:, :CONTEXT], ahead.to(frames.device)).flatten(0, 1)
+                parts["rest"] = (remainder - rest.detach()).square().mean()
+                total = total + parts["rest"]
+        if not invertible or config.pixel_weight:
             made = model.frames(last, now, wanted, remainder)
             parts["pixels"] = likeness(made, target)
-            total = total + (config.pixel_weight if config.method == "irevnet" else 1.0) * parts["pixels"]
+            total = total + (config.pixel_weight if invertible else 1.0) * parts["pixels"]
             if config.cycle_weight:
                 parts["cycle"] = distance(model, network.features(made.clamp(0, 1)), true).mean()
                 total = total + config.cycle_weight * parts["cycle"]
+            if config.adversarial_weight:
+                parts["game"] = model.critic.game(made, target)
+                total = total + config.adversarial_weight * parts["game"]
         return {"loss": total} | parts
 
     return loss
@@ -263,9 +297,9 @@ def measure(model: Model, network: Darknet, unseen: Unseen, mean: Float[Tensor, 
 
     Returns:
         {what they are made from, of ``SEEN``: {row: {"psnr", "ssim", "distance", "seconds"}}}. The rows are the
-        method's, for an i-RevNet one for each of ``REMAINDERS``, and "copy-last", "mean image" and, half-way,
-        "cross-fade". "distance" is that of the detector's features of the made frame from those of the true one, root
-        mean square in the channels' units; "seconds" is the making of a frame, its features not counted.
+        method's (for an invertible network one for each of ``REMAINDERS`` that it can have), "copy-last", "mean image"
+        and, half-way, "cross-fade". "distance" is that of the detector's features of the made frame from those of the
+        true one, root mean square in the channels' units; "seconds" is the making of a frame, its features not counted.
     """
     found: dict[str, dict[str, list[Tensor]]] = {seen: {} for seen in SEEN}
     spent: dict[str, float] = {}
@@ -278,8 +312,11 @@ def measure(model: Model, network: Darknet, unseen: Unseen, mean: Float[Tensor, 
             true = frames[:, at]
             made = {}
             treatments = {"": None}
-            if isinstance(model.maker, IRevNet):
+            if isinstance(model.maker, INVERTIBLE):
                 treatments = {"true": model.remainder(true), "last": model.remainder(last[:, 1]), "zero": None}
+            if model.rest is not None:
+                ahead = torch.tensor([SEEN[seen]], device=frames.device)
+                treatments["ode"] = model.remainders_ahead(frames[:, :CONTEXT], ahead)[:, 0]
             for name, remainder in treatments.items():
                 begun = time.perf_counter()
                 made[name] = model.frames(last, now, wanted, remainder).clamp(0, 1)
@@ -334,7 +371,7 @@ def run(config: Config, folder: Path | None = None, progress: bool | None = None
 
     done = training.fit(
         model, clips, objective(config, network), **config.training(model), folder=folder, progress=progress,
-        show="pixels" if config.method != "irevnet" else "match", evaluate=follow,
+        show="match" if isinstance(model.maker, INVERTIBLE) else "pixels", evaluate=follow,
     )  # fmt: skip
     if not done.is_main:
         return None

@@ -24,8 +24,10 @@ CHANGES = {
     "report": {"method": "irevnet"},
     "pixels": {"method": "irevnet", "pixel_weight": 0.1, "remainder": "last", "noise": 0.1},
     "joint": {"method": "irevnet", "pixel_weight": 0.1, "remainder": "true", "end_to_end": True},
+    "own": {"method": "irevnet", "remainder": "ode"},
+    "contractive": {"method": "iresnet", "pixel_weight": 0.1},
     "plain": {"method": "plain", "sees": "true"},
-    "last": {"method": "last_frame", "cycle_weight": 0.5},
+    "last": {"method": "last_frame", "cycle_weight": 0.5, "adversarial_weight": 0.1},
 }
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from predoc_lib.irevnet import IRevNet, gather, levels_for, scatter
+from predoc_lib.irevnet import IResNet, IRevNet, ResidualBlock, gather, levels_for, scatter
 
 
 def shaken(**options):
@@ -108,3 +108,27 @@ def test_a_feature_larger_than_the_image_and_one_of_another_size_are_refused():
     with pytest.raises(ValueError, match="must have 40 and 8 channels on the same grid"):
         model.inverse(torch.rand(1, 40, 2, 2), torch.rand(1, 8, 2, 3))
     assert torch.equal(model.inverse(x := torch.rand(1, 40, 2, 2)), model.inverse(x, torch.zeros(1, 8, 2, 2)))
+
+
+def test_a_residual_block_shrinks_distances_by_its_contraction_even_with_large_weights():
+    torch.manual_seed(0)
+    block = ResidualBlock(4, 6, contraction=0.9).double()
+    for p in block.parameters():
+        p.data.mul_(50)
+    for _ in range(50):
+        block(torch.randn(1, 4, 6, 6).double())  # each pass improves the norm's estimate
+    block.eval()
+    x = torch.randn(1, 4, 6, 6).double()
+    jacobian = torch.func.jacfwd(lambda x: block.g(x).flatten())(x).reshape(144, 144)
+    assert torch.linalg.matrix_norm(jacobian, 2) < 0.9
+    assert (block.inverse(block(x), 200) - x).abs().max() < 1e-8
+
+
+def test_the_contractive_network_gives_the_image_back():
+    torch.manual_seed(0)
+    model = IResNet(3, (2, 2), 40, (8, 8), steps=200).double().eval()
+    image = torch.rand(2, 3, 16, 24).double()
+    feature, remainder = model(image)
+    assert feature.shape == (2, 40, 2, 3)
+    assert (model.inverse(feature, remainder) - image).abs().max() < 1e-10
+    assert torch.equal(model.inverse(feature), model.inverse(feature, 0 * remainder))
