@@ -173,17 +173,21 @@ def yolo_dynamics() -> dict[str, dict]:
 
 def features_to_frames() -> dict[str, dict]:
     """The same: the i-RevNet as the report had it and as it might have been, and what to take instead."""
+    invertible, trained = {"method": "irevnet", "learning_rate": 1e-3}, {"pixel_weight": 0.1}
     rows = {
-        "irevnet": {"method": "irevnet", "learning_rate": 1e-3},
-        "last": {"method": "last_frame"},
+        "irevnet": invertible,
+        "last": {},
         "plain": {"method": "plain"},
-        "irevnet-pixels": {"method": "irevnet", "learning_rate": 1e-3, "pixel_weight": 0.1},
-        "irevnet-augmented": {"method": "irevnet", "learning_rate": 1e-3, "pixel_weight": 0.1, "noise": 0.2},
+        "irevnet-pixels": invertible | trained,
+        "irevnet-ode": invertible | trained | {"remainder": "ode"},
+        "last-cycle": {"cycle_weight": 0.5},
+        "last-adversarial": {"adversarial_weight": 0.02},
+        "iresnet": invertible | trained | {"method": "iresnet"},
+        "last-joint": {"end_to_end": True},
+        "irevnet-augmented": invertible | trained | {"noise": 0.2},
+        "irevnet-joint": invertible | trained | {"end_to_end": True},
+        "last-true": {"sees": "true"},
         "plain-true": {"method": "plain", "sees": "true"},
-        "last-true": {"method": "last_frame", "sees": "true"},
-        "last-cycle": {"method": "last_frame", "cycle_weight": 0.5},
-        "last-joint": {"method": "last_frame", "end_to_end": True},
-        "irevnet-joint": {"method": "irevnet", "learning_rate": 1e-3, "pixel_weight": 0.1, "end_to_end": True},
     }
     return {f"road-{name}": row for name, row in rows.items()}
 
