@@ -179,6 +179,7 @@ def features_to_frames() -> dict[str, dict]:
         "last": {},
         "plain": {"method": "plain"},
         "irevnet-pixels": invertible | trained,
+        "irevnet-true": invertible | trained | {"sees": "true"},
         "irevnet-ode": invertible | trained | {"remainder": "ode"},
         "last-cycle": {"cycle_weight": 0.5},
         "last-adversarial": {"adversarial_weight": 0.02},

@@ -20,7 +20,7 @@ from predoc_lib.experiments.config import TrainingConfig, choose_device, option
 from predoc_lib.experiments.running import experiment, main
 from predoc_lib.experiments.yolo_clips import AHEAD, CONTEXT, TRAINED, draw, extract
 from predoc_lib.frames import Critic, Heads, LastFrameDecoder, PlainDecoder
-from predoc_lib.irevnet import IResNet, IRevNet, gather, levels_for
+from predoc_lib.irevnet import IResNet, IRevNet, gather, levels_for, scatter
 from predoc_lib.yolo import Darknet, FeatureODE
 from predoc_lib.yolo.dynamics import Features
 
@@ -30,8 +30,8 @@ INVERTIBLE = (IRevNet, IResNet)
 REMAINDERS = ("true", "last", "zero", "ode")
 DYNAMICS = results.RESULTS / "yolo_dynamics" / "road-ode-seed0"
 BATCH = 20
-SEEN = {"true": 3.0, "predicted +1": 1.0, "predicted +3": 3.0, "predicted +6": 6.0, "half-way": 0.5}
-"""What a frame is made from, and how far ahead of the last frame seen it is."""
+SEEN = {"own": 3.0, "true": 3.0, "predicted +1": 1.0, "predicted +3": 3.0, "predicted +6": 6.0, "half-way": 0.5}
+"""What a frame is made from, and how far ahead of the last frame seen it is; "own": an invertible network's feature."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -282,6 +282,9 @@ def wanted_features(model: Model, unseen: Unseen, rows: slice, seen: str) -> tup
     """The features that frames are to be made from, and the number of the frame that they stand for."""
     at = CONTEXT + AHEAD.tolist().index(SEEN[seen])
     features = [x[rows].float() for x in unseen.features]
+    if seen == "own":
+        own = scatter(model.maker(unseen.frames[rows, at].float() / 255)[0], model.ode.shapes)
+        return [x * scale for x, scale in zip(own, model.ode.scales, strict=True)], at
     if seen == "half-way":
         whole = CONTEXT + AHEAD.tolist().index(1.0)
         return [(x[:, CONTEXT - 1] + x[:, whole]) / 2 for x in features], at
@@ -301,13 +304,14 @@ def measure(model: Model, network: Darknet, unseen: Unseen, mean: Float[Tensor, 
         and, half-way, "cross-fade". "distance" is that of the detector's features of the made frame from those of the
         true one, root mean square in the channels' units; "seconds" is the making of a frame, its features not counted.
     """
-    found: dict[str, dict[str, list[Tensor]]] = {seen: {} for seen in SEEN}
+    kinds = [seen for seen in SEEN if seen != "own" or isinstance(model.maker, INVERTIBLE)]
+    found: dict[str, dict[str, list[Tensor]]] = {seen: {} for seen in kinds}
     spent: dict[str, float] = {}
     for start in range(0, len(unseen.frames), BATCH):
         rows = slice(start, start + BATCH)
         frames = unseen.frames[rows].float() / 255
         last, now = frames[:, CONTEXT - 2 : CONTEXT], [x[rows, CONTEXT - 1].float() for x in unseen.features]
-        for seen in SEEN:
+        for seen in kinds:
             wanted, at = wanted_features(model, unseen, rows, seen)
             true = frames[:, at]
             made = {}
@@ -335,7 +339,7 @@ def measure(model: Model, network: Darknet, unseen: Unseen, mean: Float[Tensor, 
         table[seen] = {}
         for name, parts in made.items():
             figures = dict(zip(("psnr", "ssim", "distance"), torch.cat(parts).mean(0).tolist(), strict=True))
-            figures["seconds"] = spent.get(name, 0.0) / len(unseen.frames) / len(SEEN)
+            figures["seconds"] = spent.get(name, 0.0) / len(unseen.frames) / len(kinds)
             table[seen][name or "made"] = figures
     return table
 
