@@ -190,7 +190,7 @@ def features_to_frames() -> dict[str, dict]:
         "last-true": {"sees": "true"},
         "plain-true": {"method": "plain", "sees": "true"},
     }
-    return {f"road-{name}": row for name, row in rows.items()}
+    return {f"road-{name}": row | {"steps": 750} for name, row in rows.items()}
 
 
 PLANS = {
