@@ -177,6 +177,7 @@ def features_to_frames() -> dict[str, dict]:
     rows = {
         "irevnet": invertible,
         "last": {},
+        "irevnet-quiet": invertible | {"unit": 0.2},
         "plain": {"method": "plain"},
         "irevnet-pixels": invertible | trained,
         "irevnet-true": invertible | trained | {"sees": "true"},
@@ -185,12 +186,15 @@ def features_to_frames() -> dict[str, dict]:
         "last-adversarial": {"adversarial_weight": 0.02},
         "iresnet": invertible | trained | {"method": "iresnet"},
         "last-joint": {"end_to_end": True},
-        "irevnet-augmented": invertible | trained | {"noise": 0.2},
+        "irevnet-augmented": invertible | trained | {"noise": 0.2, "sees": "between"},
         "irevnet-joint": invertible | trained | {"end_to_end": True},
         "last-true": {"sees": "true"},
         "plain-true": {"method": "plain", "sees": "true"},
     }
-    return {f"road-{name}": row | {"steps": 750} for name, row in rows.items()}
+    runs = {f"road-{name}": row | {"steps": 750} for name, row in rows.items()}
+    # On a real street the equation is trained too: it knows the drawn road only.
+    real = {"video": "driving/solidWhiteRight.mp4", "end_to_end": True, "steps": 300}
+    return runs | {"highway-last": real, "highway-irevnet": real | invertible | trained}
 
 
 PLANS = {

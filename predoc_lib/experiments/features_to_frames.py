@@ -6,27 +6,25 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch import Tensor
 
 from predoc_lib import checkpoint, metrics, results, training
 from predoc_lib.batches import Rows
-from predoc_lib.data import catalog
 from predoc_lib.experiments import yolo_dynamics
-from predoc_lib.experiments.config import TrainingConfig, choose_device, option
+from predoc_lib.experiments.config import ConfigError, TrainingConfig, choose_device, option
+from predoc_lib.experiments.frame_clips import SIZE, Clips, Unseen, training_clips, unseen_clips, video_clips
+from predoc_lib.experiments.frame_models import INVERTIBLE, Model, distance
 from predoc_lib.experiments.running import experiment, main
-from predoc_lib.experiments.yolo_clips import AHEAD, CONTEXT, TRAINED, draw, extract
+from predoc_lib.experiments.yolo_clips import AHEAD, CONTEXT, TRAINED
 from predoc_lib.frames import Critic, Heads, LastFrameDecoder, PlainDecoder
-from predoc_lib.irevnet import IResNet, IRevNet, gather, levels_for, scatter
+from predoc_lib.irevnet import IResNet, IRevNet, gather, levels_for
 from predoc_lib.yolo import Darknet, FeatureODE
 from predoc_lib.yolo.dynamics import Features
 
-SIZE = (96, 160)
 METHODS = ("irevnet", "iresnet", "plain", "last_frame")
-INVERTIBLE = (IRevNet, IResNet)
+SEES = ("predicted", "true", "between")
 REMAINDERS = ("true", "last", "zero", "ode")
 DYNAMICS = results.RESULTS / "yolo_dynamics" / "road-ode-seed0"
 BATCH = 20
@@ -44,8 +42,8 @@ class Config(TrainingConfig):
     clip: float = option(1.0, "longest gradient, a longer one is scaled down; 0: none is", low=0)
     method: str = option("last_frame", "what makes the frame", choices=METHODS)
     sees: str = option(
-        "predicted", "features that a decoder is trained on: those predicted, or the true ones (the report)",
-        choices=("predicted", "true"),
+        "predicted", "features trained on: those predicted, the true ones (the report), or the mean of the neighbours'",
+        choices=SEES,
     )  # fmt: skip
     noise: float = option(0.0, "of those features, in the channels' units", low=0)
     pixel_weight: float = option(0.0, "invertible: of the frame that the inverse gives (the report: 0)", low=0)
@@ -55,7 +53,10 @@ class Config(TrainingConfig):
     end_to_end: bool = option(False, "the equation of the features is trained too")
     feature_weight: float = option(1.0, "end to end: of the predicted features' error", low=0)
     hidden: int = option(24, "invertible: channels within a block of its last level", low=1)
+    unit: float = option(1.0, "invertible: of its feature, for each channel's own spread", low=1e-3)
     depth: int = option(2, "invertible: blocks a level", low=1)
+    video: str = option("", "a video file or folder of frames, also below PREDOC_DATA; empty: drawn drives")
+    stride: int = option(4, "frames of a video from step to step, even", low=2)
     n_train: int = option(700, "drives that are drawn, each also mirrored", low=1)
     n_test: int = option(100, "unseen drives", low=1)
 
@@ -65,120 +66,10 @@ class Config(TrainingConfig):
         "thesis": {"steps": 30_000, "batch_size": 32, "n_train": 4000, "n_test": 400, "hidden": 96, "depth": 6},
     }
 
-
-class Model(nn.Module):
-    """What makes frames, and the equation that predicts the features.
-
-    Args:
-        maker: an ``IRevNet``, a ``PlainDecoder`` or a ``LastFrameDecoder``.
-        ode: of the features; its units are the ones in which the maker sees them.
-        end_to_end: the equation is trained, and kept with the weights.
-        rest: an equation of the remainder, if it has its own.
-        critic: of the made frames, if there is one.
-    """
-
-    def __init__(
-        self,
-        maker: nn.Module,
-        ode: FeatureODE,
-        end_to_end: bool = False,
-        rest: FeatureODE | None = None,
-        critic: Critic | None = None,
-    ) -> None:
-        super().__init__()
-        self.maker, self.rest, self.critic = maker, rest, critic
-        if end_to_end:
-            self.ode = ode
-        else:  # an attribute like any other: recorded already, it is no part of this model's weights
-            object.__setattr__(self, "ode", ode.requires_grad_(False))
-
-    def predict(self, features: Features, ahead: Float[Tensor, " Q"]) -> Features:
-        """Features so many frames ahead of the context's end."""
-        t = torch.arange(float(CONTEXT), device=ahead.device)
-        return self.ode.predict(features, t, CONTEXT - 1 + ahead)
-
-    def frames(
-        self, last: Float[Tensor, "B 2 3 H W"], features: Heads, wanted: Heads, remainder: Tensor | None = None
-    ) -> Float[Tensor, "B 3 H W"]:
-        """The frames whose features are wanted.
-
-        Args:
-            last: the last two frames seen.
-            features: of the last of them.
-            wanted: of the frame to make.
-            remainder: an i-RevNet's; None: zeros.
-        """
-        features, wanted = (
-            [x / scale for x, scale in zip(y, self.ode.scales, strict=True)] for y in (features, wanted)
-        )
-        if isinstance(self.maker, INVERTIBLE):
-            return self.maker.inverse(gather(wanted), remainder)
-        return self.maker(wanted) if isinstance(self.maker, PlainDecoder) else self.maker(last, features, wanted)
-
-    def remainder(self, images: Float[Tensor, "B 3 H W"]) -> Tensor | None:
-        """What an invertible network leaves over of images; other makers have none."""
-        return self.maker(images)[1] if isinstance(self.maker, INVERTIBLE) else None
-
-    def remainders_ahead(
-        self, seen: Float[Tensor, "B 3 3 H W"], ahead: Float[Tensor, " Q"]
-    ) -> Float[Tensor, "B Q r h w"]:
-        """The remainders so many frames ahead, by their own equation, from those of the frames seen."""
-        t = torch.arange(float(CONTEXT), device=ahead.device)
-        remainders = self.remainder(seen.flatten(0, 1)).unflatten(0, seen.shape[:2])
-        return self.rest.predict([remainders.detach()], t, CONTEXT - 1 + ahead)[0]
-
-
-@dataclasses.dataclass
-class Clips(Dataset):
-    """Six frames in a row of drives, and their features: half of the clips are mirrored."""
-
-    frames: Tensor
-    features: list[Features]  # as they are, and mirrored
-
-    @property
-    def starts(self) -> int:
-        """Clips of a drive."""
-        return self.frames.shape[1] - CONTEXT - TRAINED + 1
-
-    def __len__(self) -> int:
-        return 2 * len(self.frames) * self.starts
-
-    def __getitems__(self, numbers: list[int]) -> dict[str, Any]:
-        mirrored, rest = np.divmod(np.array(numbers), len(self) // 2)
-        drive, start = np.divmod(rest, self.starts)
-        at = start[:, None] + np.arange(CONTEXT + TRAINED)
-        frames = self.frames[drive[:, None], at].float() / 255
-        flip = torch.from_numpy(mirrored.astype(bool))[:, None, None, None, None]
-        parts = []
-        for plain, other in zip(*self.features, strict=True):
-            x = torch.where(flip, other[drive[:, None], at], plain[drive[:, None], at])
-            parts.append(x.float())
-        return {"frames": torch.where(flip, frames.flip(-1), frames), "features": parts}
-
-    @staticmethod
-    def collate(clips: dict[str, Any]) -> dict[str, Any]:
-        """They are a batch already."""
-        return clips
-
-
-@dataclasses.dataclass(frozen=True)
-class Unseen:
-    """Clips that are measured: frames [N, 3 + AHEAD, 3, H, W] in bytes and their features."""
-
-    frames: Tensor
-    features: Features
-
-
-def training_clips(network: Darknet, n: int) -> Clips:
-    """Of n drives."""
-    frames, _ = draw(n, "train", torch.arange(float(CONTEXT + TRAINED + 2)), False)
-    return Clips(frames, [extract(network, frames), extract(network, frames, mirrored=True)])
-
-
-def unseen_clips(network: Darknet, n: int, split: str = "test") -> Unseen:
-    """Of n drives of a split."""
-    frames, _ = draw(n, split, torch.cat([torch.arange(float(CONTEXT)), CONTEXT - 1 + AHEAD]), True)
-    return Unseen(frames, extract(network, frames))
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.stride % 2:
+            raise ConfigError(f"Parameter 'stride' must be even: frames half-way are measured too. Got {self.stride}.")
 
 
 def build_model(config: Config) -> tuple[Model, Darknet]:
@@ -199,7 +90,17 @@ def build_model(config: Config) -> tuple[Model, Darknet]:
             rest = FeatureODE([(maker.out_channels - channels, *one.shape[2:])], moves=False)
     else:
         maker = {"plain": PlainDecoder, "last_frame": LastFrameDecoder}[config.method](shapes)
-    return Model(maker, ode, config.end_to_end, rest, Critic() if config.adversarial_weight else None), network
+    critic = Critic() if config.adversarial_weight else None
+    unit = config.unit if config.method in ("irevnet", "iresnet") else 1.0
+    return Model(maker, ode, config.end_to_end, rest, critic, unit), network
+
+
+def data_of(config: Config, network: Darknet) -> tuple[Clips, Unseen, Unseen]:
+    """Clips for training, for validation and for the test; a video's are validated on what they are trained on."""
+    if config.video:
+        return video_clips(network, yolo_dynamics.find(config.video), config.stride)
+    validation = unseen_clips(network, max(2, config.n_test // 4), "validation")
+    return training_clips(network, config.n_train), validation, unseen_clips(network, config.n_test)
 
 
 def load(folder: Path) -> tuple[Model, Darknet, Config]:
@@ -229,6 +130,8 @@ def objective(config: Config, network: Darknet) -> Callable[[Model, dict[str, An
         parts: dict[str, Tensor] = {}
         total = target.new_zeros(())
         wanted = true
+        if config.sees == "between":
+            wanted = between(features)
         if config.sees == "predicted" or config.end_to_end:
             guess = model.predict([x[:, :CONTEXT] for x in features], ahead.to(frames.device))
             wanted = [x.flatten(0, 1) for x in guess]
@@ -246,8 +149,7 @@ def objective(config: Config, network: Darknet) -> Callable[[Model, dict[str, An
         invertible = isinstance(model.maker, INVERTIBLE)
         if invertible:
             found, rest = model.maker(target)
-            units = [x / scale for x, scale in zip(true, model.ode.scales, strict=True)]
-            parts["match"] = (found - gather(units)).square().mean()
+            parts["match"] = ((found - gather(model.units(true))) / config.unit).square().mean()
             total = total + parts["match"]
             if config.remainder == "true":
                 remainder = rest
@@ -272,10 +174,10 @@ def objective(config: Config, network: Darknet) -> Callable[[Model, dict[str, An
     return loss
 
 
-def distance(model: Model, x: Heads, y: Heads) -> Float[Tensor, " B"]:
-    """Mean squared difference of features, each channel in its unit."""
-    parts = [((a - b) / scale).square().flatten(1) for a, b, scale in zip(x, y, model.ode.scales, strict=True)]
-    return torch.cat(parts, 1).mean(1)
+def between(features: Features) -> Heads:
+    """Of each frame after the context the mean of its neighbours' features; the last of the clip keeps its own."""
+    means = [torch.cat([(x[:, CONTEXT - 1 : -2] + x[:, CONTEXT + 1 :]) / 2, x[:, -1:]], 1) for x in features]
+    return [x.flatten(0, 1) for x in means]
 
 
 def wanted_features(model: Model, unseen: Unseen, rows: slice, seen: str) -> tuple[Heads, int]:
@@ -283,8 +185,7 @@ def wanted_features(model: Model, unseen: Unseen, rows: slice, seen: str) -> tup
     at = CONTEXT + AHEAD.tolist().index(SEEN[seen])
     features = [x[rows].float() for x in unseen.features]
     if seen == "own":
-        own = scatter(model.maker(unseen.frames[rows, at].float() / 255)[0], model.ode.shapes)
-        return [x * scale for x, scale in zip(own, model.ode.scales, strict=True)], at
+        return model.own(unseen.frames[rows, at].float() / 255), at
     if seen == "half-way":
         whole = CONTEXT + AHEAD.tolist().index(1.0)
         return [(x[:, CONTEXT - 1] + x[:, whole]) / 2 for x in features], at
@@ -354,6 +255,7 @@ def run(config: Config, folder: Path | None = None, progress: bool | None = None
         progress: show a progress bar; None: if stderr is a terminal.
 
     Raises:
+        FileError: the video cannot be read, or is shorter than a clip.
         TrainingError: training cannot go on.
     """
     device = choose_device(config.device)
@@ -361,8 +263,7 @@ def run(config: Config, folder: Path | None = None, progress: bool | None = None
     model, network = build_model(config)
     for module in (model, model.ode, network):
         module.to(device)
-    clips, unseen = training_clips(network, config.n_train), unseen_clips(network, config.n_test)
-    validation = unseen_clips(network, max(2, config.n_test // 4), "validation")
+    clips, validation, unseen = data_of(config, network)
     unseen, validation = (dataclasses.replace(x, frames=x.frames.to(device)) for x in (unseen, validation))
 
     def follow(model: Model, mine: slice) -> dict[str, Tensor]:
@@ -384,7 +285,7 @@ def run(config: Config, folder: Path | None = None, progress: bool | None = None
     figures["parameters"] = sum(p.numel() for p in model.maker.parameters())
     return results.record(
         "features_to_frames", config, figures, device=device, wall_time_s=done.seconds,
-        evaluations=model.ode.ode.stats["evaluations"], data={"name": "driving", "sha256": catalog.checksum("driving")},
+        evaluations=model.ode.ode.stats["evaluations"], data=yolo_dynamics.checksum(config.video),
         history=done.history,
     )  # fmt: skip
 
