@@ -173,7 +173,7 @@ def yolo_dynamics() -> dict[str, dict]:
 
 def features_to_frames() -> dict[str, dict]:
     """The same: the i-RevNet as the report had it and as it might have been, and what to take instead."""
-    invertible, trained = {"method": "irevnet", "learning_rate": 1e-3}, {"pixel_weight": 0.1}
+    invertible, trained = {"method": "irevnet", "learning_rate": 1e-3}, {"pixel_weight": 1.0}
     rows = {
         "irevnet": invertible,
         "last": {},
