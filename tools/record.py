@@ -33,6 +33,7 @@ KEEP = {  # runs whose weights a chapter loads
     "features": ("cifar10_subset-seed0",),
     "yolo_dynamics": ("road-ode-seed0", "road-gru-seed0"),
     "features_to_frames": ("road-irevnet", "road-irevnet-pixels", "road-plain", "road-last"),
+    "segmentation": ("road",),
 }
 FILES = {"yolo_detector": ("detector.cfg", "detector.weights")}  # in place of weights
 
@@ -197,6 +198,11 @@ def features_to_frames() -> dict[str, dict]:
     return runs | {"highway-last": real, "highway-irevnet": real | invertible | trained}
 
 
+def segmentation() -> dict[str, dict]:
+    """The same: masks of what is to come, and frames of them."""
+    return {"road": {}}
+
+
 PLANS = {
     "latent_ode": latent_ode,
     "flow2d": flow2d,
@@ -205,6 +211,7 @@ PLANS = {
     "yolo_detector": yolo_detector,
     "yolo_dynamics": yolo_dynamics,
     "features_to_frames": features_to_frames,
+    "segmentation": segmentation,
 }
 
 
