@@ -33,6 +33,8 @@ KEEP = {  # runs whose weights a chapter loads
     "features": ("cifar10_subset-seed0",),
     "yolo_dynamics": ("road-ode-seed0", "road-gru-seed0"),
     "flow_warp": ("road-seed0",),
+    "features_to_frames": ("road-irevnet", "road-irevnet-pixels", "road-plain", "road-last"),
+    "segmentation": ("road",),
 }
 FILES = {"yolo_detector": ("detector.cfg", "detector.weights")}  # in place of weights
 
@@ -176,6 +178,37 @@ def flow_warp() -> dict[str, dict]:
     return {"road-seed0": {"steps": 300, "evaluate_every": 50, "learning_rate": 1.5e-3, "smoothness": 0.1}}
 
 
+def features_to_frames() -> dict[str, dict]:
+    """The same: the i-RevNet as the report had it and as it might have been, and what to take instead."""
+    invertible, trained = {"method": "irevnet", "learning_rate": 1e-3}, {"pixel_weight": 1.0}
+    rows = {
+        "irevnet": invertible,
+        "last": {},
+        "irevnet-quiet": invertible | {"unit": 0.2},
+        "plain": {"method": "plain"},
+        "irevnet-pixels": invertible | trained,
+        "irevnet-true": invertible | trained | {"sees": "true"},
+        "irevnet-ode": invertible | trained | {"remainder": "ode"},
+        "last-cycle": {"cycle_weight": 0.5},
+        "last-adversarial": {"adversarial_weight": 0.02},
+        "iresnet": invertible | trained | {"method": "iresnet"},
+        "last-joint": {"end_to_end": True},
+        "irevnet-augmented": invertible | trained | {"noise": 0.2, "sees": "between"},
+        "irevnet-joint": invertible | trained | {"end_to_end": True},
+        "last-true": {"sees": "true"},
+        "plain-true": {"method": "plain", "sees": "true"},
+    }
+    runs = {f"road-{name}": row | {"steps": 750} for name, row in rows.items()}
+    # On a real street the equation is trained too: it knows the drawn road only.
+    real = {"video": "driving/solidWhiteRight.mp4", "end_to_end": True, "steps": 300}
+    return runs | {"highway-last": real, "highway-irevnet": real | invertible | trained}
+
+
+def segmentation() -> dict[str, dict]:
+    """The same: masks of what is to come, and frames of them."""
+    return {"road": {}}
+
+
 PLANS = {
     "latent_ode": latent_ode,
     "flow2d": flow2d,
@@ -184,6 +217,8 @@ PLANS = {
     "yolo_detector": yolo_detector,
     "yolo_dynamics": yolo_dynamics,
     "flow_warp": flow_warp,
+    "features_to_frames": features_to_frames,
+    "segmentation": segmentation,
 }
 
 

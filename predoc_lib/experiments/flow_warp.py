@@ -13,12 +13,12 @@ from torch.utils.data import Dataset
 from predoc_lib import checkpoint, results, training
 from predoc_lib.baselines import copy_last, cross_fade
 from predoc_lib.batches import Rows
-from predoc_lib.data import catalog, read_video
+from predoc_lib.data import read_video
 from predoc_lib.data.driving import driving
 from predoc_lib.experiments.config import TrainingConfig, choose_device, option
 from predoc_lib.experiments.running import experiment, main
 from predoc_lib.experiments.yolo_clips import STEP, draw, starts
-from predoc_lib.experiments.yolo_dynamics import TRAINING_SHARE, find, identify
+from predoc_lib.experiments.yolo_dynamics import TRAINING_SHARE, checksum, find
 from predoc_lib.files import FileError
 from predoc_lib.flow_warp import WarpODE, warp
 from predoc_lib.flow_warp.losses import edge_aware_smoothness, photometric
@@ -236,15 +236,8 @@ def run(config: Config, folder: Path | None = None, progress: bool | None = None
     stages = {"euler": 1, "midpoint": 2, "heun": 2, "rk4": 4}[config.method]
     return results.record(
         "flow_warp", config, metrics, device=choose_device(config.device), wall_time_s=done.seconds,
-        evaluations=stages * config.solver_steps, data=checksum(config), history=done.history,
+        evaluations=stages * config.solver_steps, data=checksum(config.video), history=done.history,
     )  # fmt: skip
-
-
-def checksum(config: Config) -> dict[str, str]:
-    """Name and sha256 of the data."""
-    if config.video:
-        return identify(find(config.video))
-    return {"name": "driving", "sha256": catalog.checksum("driving")}
 
 
 @torch.no_grad()

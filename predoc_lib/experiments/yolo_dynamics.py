@@ -131,16 +131,11 @@ def data_of(config: Config, network: Darknet) -> tuple[Clips, Unseen, Unseen]:
     return Clips(first, length, config.stride), validation, video_unseen(last, config.stride)
 
 
-def checksum(config: Config) -> dict[str, str]:
-    """Name and sha256 of the data."""
-    if not config.video:
+def checksum(video: str) -> dict[str, str]:
+    """Name and sha256 of the data: of a video, or of the drawn drives if it is empty."""
+    if not video:
         return {"name": "driving", "sha256": catalog.checksum("driving")}
-    return identify(find(config.video))
-
-
-def identify(path: Path) -> dict[str, str]:
-    """Name and sha256 of a video, or of a folder's frames."""
-    digest = hashlib.sha256()
+    path, digest = find(video), hashlib.sha256()
     for file in sorted(path.iterdir()) if path.is_dir() else [path]:
         digest.update(file.read_bytes())
     return {"name": path.name, "sha256": digest.hexdigest()}
@@ -209,7 +204,7 @@ def run(config: Config, folder: Path | None = None, progress: bool | None = None
     steps = config.horizon if config.dynamics == "gru" else model.ode.stats["evaluations"]
     return results.record(
         "yolo_dynamics", config, metrics, device=device, wall_time_s=done.seconds, evaluations=steps,
-        data=checksum(config), history=done.history,
+        data=checksum(config.video), history=done.history,
     )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from predoc_lib.data import moving_digits
 from predoc_lib.experiments import latent_ode
 from predoc_lib.experiments.config import build
 from predoc_lib.flow_warp import WarpODE, fit_pair, warp
+from predoc_lib.irevnet import IRevNet
 from predoc_lib.measure import bytes_kept, peak_bytes
 from predoc_lib.msflow import MSFlow
 from predoc_lib.ode import NeuralODE, integrate, odeint_adjoint
@@ -192,6 +193,17 @@ def test_a_run_that_was_stopped_goes_on_with_the_devices_own_random_numbers(tmp_
 
 
 # ---------------------------------------------------------------- the latent ODE
+
+
+def test_an_irevnet_on_a_gpu_is_the_cpus_and_loses_nothing():
+    torch.manual_seed(0)
+    model = IRevNet(3, (2, 2), features=30, norm=False).double()
+    (model, image), (other, moved) = twins(model, torch.rand(2, 3, 16, 24).double())
+    feature, remainder = other(moved)
+    for found, expected in zip((feature, remainder), model(image), strict=True):
+        assert_near(found, expected, atol=1e-10, rtol=0)
+    assert_near(other.inverse(feature, remainder), image, atol=1e-10, rtol=0)
+    assert_near(other.inverse(feature), model.inverse(feature.cpu()), atol=1e-10, rtol=0)
 
 
 def test_a_run_on_a_gpu_is_measured_the_same_on_the_cpu(tmp_path):
