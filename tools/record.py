@@ -31,6 +31,7 @@ KEEP = {  # runs whose weights a chapter loads
     "flow2d": [f"{density}-{objective}-seed0" for density in DENSITIES for objective in OBJECTIVES],
     "features": ("cifar10_subset-seed0",),
     "yolo_dynamics": ("road-ode-seed0", "road-gru-seed0"),
+    "mimic": ("cifar10_subset-none-seed0", "cifar10_subset-first-seed0"),
 }
 FILES = {"yolo_detector": ("detector.cfg", "detector.weights")}  # in place of weights
 
@@ -169,6 +170,42 @@ def yolo_dynamics() -> dict[str, dict]:
     return runs
 
 
+def mimic() -> dict[str, dict]:
+    """The same: where critics sit on a classifier, beside decorrelation; and how much the layers pay."""
+    sets = {
+        "digits": {"transfer": True},
+        "mnist": {"dataset": "mnist", "transfer": True},
+        "cifar10_subset": {"dataset": "cifar10_subset", "steps": 600, "batch_size": 128, "evaluate_every": 100},
+    }
+    ways = {place: {"place": place} for place in ("none", "penultimate", "first", "both")}
+    ways["decorrelation"] = {"method": "decorrelation", "weight": 0.01}
+    runs = {
+        f"{name}-{way}-seed{seed}": same | parameters | {"seed": seed}
+        for name, same in sets.items()
+        for seed in (0, 1, 2)
+        for way, parameters in ways.items()
+    }
+    runs |= {f"digits-penultimate-weight{weight:g}": {"weight": weight} for weight in (0.01, 0.1, 0.3, 1.0)}
+    runs |= {
+        "digits-penultimate-one-step": {"critic_steps": 1},
+        "digits-penultimate-nwj": {"bound": "nwj"},
+        "digits-penultimate-info_nce": {"bound": "info_nce"},
+        "digits-penultimate-spectral": {"spectral": True},
+        "digits-penultimate-gradient": {"gradient_penalty": 1.0},
+    }
+    return runs
+
+
+def mimic_sprites() -> dict[str, dict]:
+    """The same: autoencoders of sprites, each way of taking codes apart."""
+    weights = {"beta_vae": 4.0, "factor_vae": 10.0, "beta_tcvae": 6.0, "mimic": 1.0, "decorrelation": 1.0}
+    return {
+        f"{method}-seed{seed}": {"method": method, "seed": seed, "weight": weights.get(method, 1.0)}
+        for seed in (0, 1, 2)
+        for method in ("plain", "decorrelation", "mimic", "vae", "beta_vae", "factor_vae", "beta_tcvae")
+    }
+
+
 PLANS = {
     "latent_ode": latent_ode,
     "flow2d": flow2d,
@@ -176,6 +213,8 @@ PLANS = {
     "features": features,
     "yolo_detector": yolo_detector,
     "yolo_dynamics": yolo_dynamics,
+    "mimic": mimic,
+    "mimic_sprites": mimic_sprites,
 }
 
 

@@ -37,7 +37,7 @@ class Config(TrainingConfig):
     dataset: str = option("digits", "what is told apart", choices=("digits", "mnist", "cifar10_subset"))
     method: str = option("mimic", "what the layers pay for: a critic's word, or correlations", choices=METHODS)
     place: str = option("penultimate", "the layers that pay", choices=PLACES)
-    weight: float = option(0.1, "of what they pay", low=0)
+    weight: float = option(0.03, "of what they pay", low=0)
     channels: int = option(16, "of the first and of the penultimate layer", low=2)
     steps: int = option(1000, "optimizer steps", low=1)
     batch_size: int = option(256, "images a step", low=2)

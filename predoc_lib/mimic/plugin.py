@@ -1,7 +1,7 @@
 """MiMIc as a plug-in: critics on any layers of any network (eq. 7.2)."""
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -78,8 +78,20 @@ class MiMIc(nn.Module):
     def interactions(self, generator: torch.Generator | None = None) -> dict[str, Float[Tensor, ""]]:
         """{layer: its critic's word on the last batch, nats}, see ``mutual_interaction``."""
         features = self._seen()
-        with _frozen(self.critics):
+        with self.frozen():
             return {name: mutual_interaction(self._critic(name), features[name], generator) for name in self._names}
+
+    @contextlib.contextmanager
+    def frozen(self) -> Iterator[None]:
+        """No gradient for the critics, inside the block."""
+        parameters = [p for p in self.critics.parameters() if p.requires_grad]
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in parameters:
+                parameter.requires_grad_(True)
 
     def critic_loss(self, generator: torch.Generator | None = None) -> Float[Tensor, ""]:
         """What the critics minimize, summed over the layers, on the last batch; its gradient reaches them alone."""
@@ -169,20 +181,7 @@ def _key(name: str) -> str:
 
 
 @contextlib.contextmanager
-def _frozen(module: nn.Module):
-    """No gradient for the module's parameters, inside the block."""
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    for parameter in parameters:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in parameters:
-            parameter.requires_grad_(True)
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module):
+def _evaluating(model: nn.Module) -> Iterator[None]:
     """The model in evaluation mode, inside the block: a call then changes no running statistics."""
     mode = model.training
     model.eval()
