@@ -42,6 +42,6 @@ def sprites(values: Int[Tensor, "N 5"] | Float[Tensor, "N 5"]) -> Float[Tensor, 
     dx, dy = line - (7.5 + x * 17 / 7), line[:, None] - (7.5 + y * 17 / 7)
     square = torch.maximum(dx.abs(), dy.abs()) - 0.85 * radius
     disc = (dx.square() + dy.square()).sqrt() - radius
-    triangle = torch.maximum(dx.abs() * 0.87 - dy * 0.5, dy) - 0.6 * radius
+    triangle = torch.maximum(dx.abs() * 0.87 - dy * 0.5, dy) - 0.54 * radius
     outside = torch.where(shape < 0.5, square, torch.where(shape < 1.5, disc, triangle))
     return ((0.5 - outside).clamp(0, 1) * (0.4 + 0.2 * brightness))[:, None]

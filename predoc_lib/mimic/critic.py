@@ -17,7 +17,7 @@ class CriticError(ValueError):
 
 
 def variable(
-    features: Float[Tensor, "B F ..."], kind: str = "pooled", generator: torch.Generator | None = None
+    features: Tensor, kind: str = "pooled", generator: torch.Generator | None = None
 ) -> Float[Tensor, "B F"]:
     """One row of channels an image, so that the rows of a batch are independent: positions of an image are not.
 
@@ -55,7 +55,8 @@ def standardize(x: Float[Tensor, "B F"]) -> Float[Tensor, "B F"]:
     Dependence does not know units. Without it a model could shrink its features until the critic sees nothing.
     """
     centred = x - x.mean(0)
-    return centred * (centred.square().mean(0) + 1e-6 * centred.detach().square().mean() + 1e-12).rsqrt()
+    least = 1e-10 * x.detach().square().mean(0) + 1e-30  # what rounding makes of a constant
+    return centred * (centred.square().mean(0) + least).rsqrt()
 
 
 class Critic(nn.Module):

@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from sklearn.ensemble import ExtraTreesClassifier
 from sklearn.metrics import mutual_info_score
 
-Codes, Factors = Float[np.ndarray, "N Z"], Int[np.ndarray, "N K"]
+Codes, Factors = Float[np.ndarray, "N Z"], Int[np.ndarray, "rows K"]
 
 
 def mig(codes: Codes, factors: Factors, bins: int = 20) -> float:
