@@ -173,8 +173,8 @@ def yolo_dynamics() -> dict[str, dict]:
 def mimic() -> dict[str, dict]:
     """The same: where critics sit on a classifier, beside decorrelation; and how much the layers pay."""
     sets = {
-        "digits": {"transfer": True},
-        "mnist": {"dataset": "mnist", "transfer": True},
+        "digits": {"transfer": True, "evaluate_every": 100},
+        "mnist": {"dataset": "mnist", "transfer": True, "evaluate_every": 100},
         "cifar10_subset": {"dataset": "cifar10_subset", "steps": 600, "batch_size": 128, "evaluate_every": 100},
     }
     ways = {place: {"place": place} for place in ("none", "penultimate", "first", "both")}
@@ -185,22 +185,27 @@ def mimic() -> dict[str, dict]:
         for seed in (0, 1, 2)
         for way, parameters in ways.items()
     }
-    runs |= {f"digits-penultimate-weight{weight:g}": {"weight": weight} for weight in (0.01, 0.1, 0.3, 1.0)}
-    runs |= {
-        "digits-penultimate-one-step": {"critic_steps": 1},
-        "digits-penultimate-nwj": {"bound": "nwj"},
-        "digits-penultimate-info_nce": {"bound": "info_nce"},
-        "digits-penultimate-spectral": {"spectral": True},
-        "digits-penultimate-gradient": {"gradient_penalty": 1.0},
+    variants = {f"weight{weight:g}": {"weight": weight} for weight in (0.01, 0.1, 0.3, 1.0)}
+    variants |= {
+        "one-step": {"critic_steps": 1},
+        "nwj": {"bound": "nwj"},
+        "info_nce": {"bound": "info_nce"},
+        "spectral": {"spectral": True},
+        "gradient": {"gradient_penalty": 1.0},
     }
-    return runs
+    return runs | {f"digits-penultimate-{name}": sets["digits"] | change for name, change in variants.items()}
 
 
 def mimic_sprites() -> dict[str, dict]:
     """The same: autoencoders of sprites, each way of taking codes apart."""
     weights = {"beta_vae": 4.0, "factor_vae": 10.0, "beta_tcvae": 6.0, "mimic": 1.0, "decorrelation": 1.0}
     return {
-        f"{method}-seed{seed}": {"method": method, "seed": seed, "weight": weights.get(method, 1.0)}
+        f"{method}-seed{seed}": {
+            "method": method,
+            "seed": seed,
+            "weight": weights.get(method, 1.0),
+            "evaluate_every": 500,
+        }
         for seed in (0, 1, 2)
         for method in ("plain", "decorrelation", "mimic", "vae", "beta_vae", "factor_vae", "beta_tcvae")
     }
