@@ -35,7 +35,7 @@ class Config(TrainingConfig):
     method: str = option("mimic", "what the codes pay for", choices=METHODS)
     weight: float = option(1.0, "of what they pay, nats of an image; of a VAE beside or in place of 1", low=0)
     codes: int = option(6, "numbers that an image is coded by", low=2)
-    steps: int = option(2000, "optimizer steps", low=1)
+    steps: int = option(1000, "optimizer steps", low=1)
     batch_size: int = option(128, "images a step", low=2)
     learning_rate: float = option(2e-3, "the highest, of Adam with warm-up and cosine decay", low=1e-8)
     clip: float = option(0.0, "longest gradient, a longer one is scaled down; 0: none is", low=0)

@@ -16,9 +16,7 @@ class CriticError(ValueError):
     """Features that no critic can judge, or a critic whose word is not a number: the message says which."""
 
 
-def variable(
-    features: Tensor, kind: str = "pooled", generator: torch.Generator | None = None
-) -> Float[Tensor, "B F"]:
+def variable(features: Tensor, kind: str = "pooled", generator: torch.Generator | None = None) -> Float[Tensor, "B F"]:
     """One row of channels an image, so that the rows of a batch are independent: positions of an image are not.
 
     Args:

@@ -77,9 +77,9 @@ def test_gaussians_that_all_correlate_alike_have_the_total_correlation_asked_for
 def test_a_short_fit_comes_near_the_closed_form(channels, nats):
     torch.manual_seed(0)
     sample, truth = equicorrelated(channels, nats)
-    assert estimate(sample, Critic(channels, 48), steps=200, batch=512, learning_rate=1e-2, last=20_000) == pytest.approx(
-        truth, abs=0.15
-    )
+    assert estimate(
+        sample, Critic(channels, 48), steps=200, batch=512, learning_rate=1e-2, last=20_000
+    ) == pytest.approx(truth, abs=0.15)
 
 
 @pytest.mark.slow
@@ -157,7 +157,9 @@ def test_three_lines_attach_it_to_a_residual_network():
     mimic.join(optimizer)
     loss = nn.functional.cross_entropy(model(images), labels) + mimic.loss()
 
-    assert all(torch.equal(before[n], v) for n, v in model.state_dict().items() if "running" not in n and "num_" not in n)
+    assert all(
+        torch.equal(before[n], v) for n, v in model.state_dict().items() if "running" not in n and "num_" not in n
+    )
     weights = [critic.layers[0].weight.clone() for critic in mimic.critics.values()]
     assert [w.shape[1] for w in weights] == [64, 512]
     loss.backward()
