@@ -31,7 +31,7 @@ KEEP = {  # runs whose weights a chapter loads
     "flow2d": [f"{density}-{objective}-seed0" for density in DENSITIES for objective in OBJECTIVES],
     "features": ("cifar10_subset-seed0",),
     "yolo_dynamics": ("road-ode-seed0", "road-gru-seed0"),
-    "mimic": ("cifar10_subset-none-seed0", "cifar10_subset-first-seed0"),
+    "mimic": ("digits-none-seed0", "digits-first-seed0"),
 }
 FILES = {"yolo_detector": ("detector.cfg", "detector.weights")}  # in place of weights
 

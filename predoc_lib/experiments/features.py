@@ -51,7 +51,7 @@ class Config(TrainingConfig):
 class Labelled(Dataset):
     """Images and the numbers of their classes."""
 
-    def __init__(self, images: Shaped[Tensor, "N C H W"], classes: Int[Tensor, "N *K"]) -> None:
+    def __init__(self, images: Shaped[Tensor, "N C H W"], classes: Int[Tensor, "N ..."]) -> None:
         self.images, self.classes = images, classes
 
     def __len__(self) -> int:

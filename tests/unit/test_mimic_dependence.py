@@ -145,7 +145,7 @@ def test_scores_of_rows_that_do_not_match_are_refused():
 
 
 def test_every_sprite_differs_and_is_where_its_factors_say():
-    images, values = sprites.factors()
+    images, _ = sprites.factors()
     assert images.shape == (3072, 1, 32, 32)
     assert len(images.flatten(1).unique(dim=0)) == 3072
     assert images.min() == 0
