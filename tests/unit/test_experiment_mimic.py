@@ -132,3 +132,11 @@ def test_labelled_images_are_those_of_the_set():
     assert isinstance(data, Labelled)
     assert data.images.shape[1:] == (1, 8, 8)
     assert set(data.classes.tolist()) == set(range(10))
+
+
+@pytest.mark.slow
+def test_two_processes_train_network_and_critics_together():
+    config = dataclasses.replace(TINY, steps=6, critic_steps=2, place="both")
+    record = run(config, progress=False, num_processes=2)
+    assert record["history"][-1]["task"] < record["history"][0]["task"] + 1
+    assert all(torch.tensor(row["loss"]).isfinite() for row in record["history"])
