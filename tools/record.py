@@ -186,6 +186,7 @@ def mimic() -> dict[str, dict]:
         for way, parameters in ways.items()
     }
     variants = {f"weight{weight:g}": {"weight": weight} for weight in (0.01, 0.1, 0.3, 1.0)}
+    variants |= {f"weight0.01-seed{seed}": {"weight": 0.01, "seed": seed} for seed in (1, 2)}
     variants |= {
         "one-step": {"critic_steps": 1},
         "nwj": {"bound": "nwj"},

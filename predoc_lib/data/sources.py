@@ -46,6 +46,10 @@ def _driving() -> bytes:
     return Path(__file__).with_name("driving.py").read_bytes()  # it is drawn: what draws it is the data
 
 
+def _sprites() -> bytes:
+    return Path(__file__).with_name("factors.py").read_bytes()  # likewise
+
+
 def _download_mnist(folder: Path) -> None:
     import torchvision
 
@@ -125,6 +129,7 @@ DATASETS: dict[str, DataSet] = {
         _driving,
         where="predoc_lib",
     ),
+    "sprites": DataSet("3,072 drawn sprites, 32 x 32, whose factors are known", "MIT", _sprites, where="predoc_lib"),
     "cifar10": DataSet(
         "CIFAR-10, 60,000 colour images, 32 x 32",
         "not stated",

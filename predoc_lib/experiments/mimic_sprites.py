@@ -1,7 +1,6 @@
 """Autoencoders of sprites whose codes are to be taken apart: MiMIc beside the VAE family (eq. 7.2)."""
 
 import dataclasses
-import hashlib
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,7 +11,8 @@ from torch import Tensor, nn
 
 from predoc_lib import results
 from predoc_lib.batches import Rows
-from predoc_lib.data import factors as sprites
+from predoc_lib.data import catalog
+from predoc_lib.data.factors import factors
 from predoc_lib.experiments.config import TrainingConfig, choose_device, option
 from predoc_lib.experiments.features import Labelled
 from predoc_lib.experiments.mimic import Watched, describe, fit, watch
@@ -134,20 +134,20 @@ def run(config: Config, folder: Path | None = None, progress: bool | None = None
     Raises:
         TrainingError: training cannot go on.
     """
-    images, factors = sprites.factors()
+    images, values = factors()
     torch.manual_seed(config.seed)
     model = build_model(config)
 
     def loss(model: Watched, batch: tuple[Tensor, Tensor], rows: Rows) -> dict[str, Tensor]:
         return objective(model, batch[0], config, rows.randn(config.codes))
 
-    done = fit(model, Labelled(images, factors), loss, config, folder=folder, progress=progress)
+    done = fit(model, Labelled(images, values), loss, config, folder=folder, progress=progress)
     if not done.is_main:
         return None
-    source = hashlib.sha256(Path(sprites.__file__).read_bytes()).hexdigest()
     return results.record(
-        "mimic_sprites", config, measure(model, images, factors), device=choose_device(config.device),
-        wall_time_s=done.seconds, evaluations=1, data={"name": "sprites", "sha256": source}, history=done.history,
+        "mimic_sprites", config, measure(model, images, values), device=choose_device(config.device),
+        wall_time_s=done.seconds, evaluations=1, data={"name": "sprites", "sha256": catalog.checksum("sprites")},
+        history=done.history,
     )  # fmt: skip
 
 
@@ -161,13 +161,13 @@ def encode(model: Watched, images: Float[Tensor, "N 1 32 32"]) -> dict[str, Tens
     return {"code": code, "images": logits.sigmoid()}
 
 
-def measure(model: Watched, images: Float[Tensor, "N 1 32 32"], factors: Int[Tensor, "N K"]) -> dict[str, Any]:
+def measure(model: Watched, images: Float[Tensor, "N 1 32 32"], values: Int[Tensor, "N K"]) -> dict[str, Any]:
     """The scores of the codes, their dependence, how well images come back; the scores of as many components."""
     out = encode(model, images)
     components = PCA(out["code"].shape[1], random_state=0).fit_transform(images.flatten(1).numpy())
     return {
-        "scores": all_scores(out["code"].numpy(), factors.numpy()),
-        "components": all_scores(components, factors.numpy()),
+        "scores": all_scores(out["code"].numpy(), values.numpy()),
+        "components": all_scores(components, values.numpy()),
         "code": describe(out["code"]),
         "psnr": psnr(out["images"], images).mean().item(),
     }

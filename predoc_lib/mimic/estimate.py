@@ -9,8 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from predoc_lib.mimic.bounds import log_mean_exp, shuffle
-from predoc_lib.mimic.critic import Critic, mutual_interaction, standardize
+from predoc_lib.mimic.critic import Critic, mutual_interaction
 
 Sample = Callable[[int], Float[Tensor, "n F"]]
 
@@ -77,8 +76,3 @@ def rotated_square(n: int) -> Float[Tensor, "n 2"]:
     The square |x| + |y| < 1 has area 2; a coordinate has the density 1 - |x|, of entropy 1/2 nat. 2 (1/2) - log 2.
     """
     return (torch.rand(n, 2) * 2 - 1) @ torch.tensor([[0.5, 0.5], [0.5, -0.5]])
-
-
-__all__ = [
-    "equicorrelated", "estimate", "gaussians", "log_mean_exp", "rotated_square", "shuffle", "standardize", "xor",
-]  # fmt: skip

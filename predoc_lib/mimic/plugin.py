@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from predoc_lib.mimic.critic import Critic, CriticError, mutual_interaction, variable
+from predoc_lib.mimic.critic import Critic, mutual_interaction, variable
 from predoc_lib.naming import unknown
 
 
@@ -189,6 +189,3 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(mode)
-
-
-__all__ = ["CriticError", "MiMIc", "MiMIcError"]

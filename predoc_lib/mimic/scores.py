@@ -1,7 +1,5 @@
 """How well codes [N, Z] take the known factors [N, K] apart: four scores, each 1 at best."""
 
-import itertools
-
 import numpy as np
 from jaxtyping import Float, Int
 from sklearn.ensemble import ExtraTreesClassifier
@@ -122,8 +120,3 @@ def _checked(codes: Codes, factors: Factors) -> tuple[np.ndarray, np.ndarray]:
     if constant := [k for k, factor in enumerate(factors.T) if len(set(factor)) < 2]:
         raise ValueError(f"Factor {constant[0]} has one value in all rows: leave it out.")
     return codes, factors
-
-
-def grid(*sizes: int) -> Int[np.ndarray, "N K"]:
-    """All combinations of factors that have so many values each."""
-    return np.array(list(itertools.product(*map(range, sizes))))

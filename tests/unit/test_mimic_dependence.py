@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from predoc_lib.data import factors as sprites
+from predoc_lib.data.factors import factors, sprites
 from predoc_lib.files import FileError
 from predoc_lib.mimic import CriticError
 from predoc_lib.mimic.dependence import dead_channels, effective_rank, gaussian_copula, nearest_neighbours
@@ -145,12 +145,12 @@ def test_scores_of_rows_that_do_not_match_are_refused():
 
 
 def test_every_sprite_differs_and_is_where_its_factors_say():
-    images, _ = sprites.factors()
+    images, _ = factors()
     assert images.shape == (3072, 1, 32, 32)
     assert len(images.flatten(1).unique(dim=0)) == 3072
     assert images.min() == 0
     assert images.max() <= 1
-    disc = sprites.sprites(torch.tensor([[1, 2, 3, 1, 6]]))[0, 0]
+    disc = sprites(torch.tensor([[1, 2, 3, 1, 6]]))[0, 0]
     line = torch.arange(32.0)
     assert (disc.sum(0) * line).sum() / disc.sum() == pytest.approx(7.5 + 17 / 7, abs=0.05)
     assert (disc.sum(1) * line).sum() / disc.sum() == pytest.approx(7.5 + 6 * 17 / 7, abs=0.05)
@@ -162,9 +162,9 @@ def test_every_sprite_differs_and_is_where_its_factors_say():
 def test_dsprites_are_read_and_another_file_is_refused(tmp_path):
     classes = np.array([[0, 0, 1], [0, 1, 1], [0, 1, 0]])
     np.savez(tmp_path / "d.npz", imgs=np.eye(4, dtype=np.uint8)[None].repeat(3, 0), latents_classes=classes)
-    images, values = sprites.factors(tmp_path / "d.npz")
+    images, values = factors(tmp_path / "d.npz")
     assert images.shape == (3, 1, 4, 4)
     assert values.tolist() == [[0, 1], [1, 1], [1, 0]]
     np.savez(tmp_path / "other.npz", x=np.zeros(3))
     with pytest.raises(FileError, match="is not dSprites"):
-        sprites.factors(tmp_path / "other.npz")
+        factors(tmp_path / "other.npz")
