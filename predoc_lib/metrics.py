@@ -10,6 +10,9 @@ from torchmetrics.detection import MeanAveragePrecision
 from torchmetrics.functional.image import structural_similarity_index_measure
 from torchmetrics.image.fid import FrechetInceptionDistance
 
+from predoc_lib.mimic.scores import dci as dci
+from predoc_lib.mimic.scores import mig as mig
+
 
 @runtime_checkable
 class Boxes(Protocol):

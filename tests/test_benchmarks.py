@@ -17,6 +17,7 @@ from predoc_lib.results import ROOT
         ("latent_ode", ["--rounds", "1", "--batch-size", "2"], 1),
         ("precision", ["--quick"], 1),
         ("flow_warp", ["--only", "speed", "--rounds", "1"], 1),
+        ("mimic", ["--quick"], 1),
         ("yolo", ["--rounds", "1", "--sizes", "96", "--cfg", ROOT / "predoc_lib/yolo/road.cfg"], 1),
     ],
 )

@@ -35,6 +35,7 @@ KEEP = {  # runs whose weights a chapter loads
     "flow_warp": ("road-seed0",),
     "features_to_frames": ("road-irevnet", "road-irevnet-pixels", "road-plain", "road-last"),
     "segmentation": ("road",),
+    "mimic": ("digits-none-seed0", "digits-first-seed0"),
 }
 FILES = {"yolo_detector": ("detector.cfg", "detector.weights")}  # in place of weights
 
@@ -209,6 +210,48 @@ def segmentation() -> dict[str, dict]:
     return {"road": {}}
 
 
+def mimic() -> dict[str, dict]:
+    """The same: where critics sit on a classifier, beside decorrelation; and how much the layers pay."""
+    sets = {
+        "digits": {"transfer": True, "evaluate_every": 100},
+        "mnist": {"dataset": "mnist", "transfer": True, "evaluate_every": 100},
+        "cifar10_subset": {"dataset": "cifar10_subset", "steps": 600, "batch_size": 128, "evaluate_every": 100},
+    }
+    ways = {place: {"place": place} for place in ("none", "penultimate", "first", "both")}
+    ways["decorrelation"] = {"method": "decorrelation", "weight": 0.01}
+    runs = {
+        f"{name}-{way}-seed{seed}": same | parameters | {"seed": seed}
+        for name, same in sets.items()
+        for seed in (0, 1, 2)
+        for way, parameters in ways.items()
+    }
+    variants = {f"weight{weight:g}": {"weight": weight} for weight in (0.01, 0.1, 0.3, 1.0)}
+    variants |= {f"weight0.01-seed{seed}": {"weight": 0.01, "seed": seed} for seed in (1, 2)}
+    variants |= {
+        "one-step": {"critic_steps": 1},
+        "nwj": {"bound": "nwj"},
+        "info_nce": {"bound": "info_nce"},
+        "spectral": {"spectral": True},
+        "gradient": {"gradient_penalty": 1.0},
+    }
+    return runs | {f"digits-penultimate-{name}": sets["digits"] | change for name, change in variants.items()}
+
+
+def mimic_sprites() -> dict[str, dict]:
+    """The same: autoencoders of sprites, each way of taking codes apart."""
+    weights = {"beta_vae": 4.0, "factor_vae": 10.0, "beta_tcvae": 6.0, "mimic": 1.0, "decorrelation": 1.0}
+    return {
+        f"{method}-seed{seed}": {
+            "method": method,
+            "seed": seed,
+            "weight": weights.get(method, 1.0),
+            "evaluate_every": 500,
+        }
+        for seed in (0, 1, 2)
+        for method in ("plain", "decorrelation", "mimic", "vae", "beta_vae", "factor_vae", "beta_tcvae")
+    }
+
+
 PLANS = {
     "latent_ode": latent_ode,
     "flow2d": flow2d,
@@ -219,6 +262,8 @@ PLANS = {
     "flow_warp": flow_warp,
     "features_to_frames": features_to_frames,
     "segmentation": segmentation,
+    "mimic": mimic,
+    "mimic_sprites": mimic_sprites,
 }
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Int, UInt8
+from jaxtyping import Int, Shaped
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -51,7 +51,7 @@ class Config(TrainingConfig):
 class Labelled(Dataset):
     """Images and the numbers of their classes."""
 
-    def __init__(self, images: UInt8[Tensor, "N 3 32 32"], classes: Int[Tensor, " N"]) -> None:
+    def __init__(self, images: Shaped[Tensor, "N C H W"], classes: Int[Tensor, "N ..."]) -> None:
         self.images, self.classes = images, classes
 
     def __len__(self) -> int:

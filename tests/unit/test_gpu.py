@@ -13,6 +13,7 @@ from predoc_lib.experiments.config import build
 from predoc_lib.flow_warp import WarpODE, fit_pair, warp
 from predoc_lib.irevnet import IRevNet
 from predoc_lib.measure import bytes_kept, peak_bytes
+from predoc_lib.mimic import Critic, MiMIc, mutual_interaction
 from predoc_lib.msflow import MSFlow
 from predoc_lib.ode import NeuralODE, integrate, odeint_adjoint
 from predoc_lib.precision import lower_precision
@@ -281,3 +282,23 @@ def test_a_pair_is_fitted_on_the_device_of_its_images():
     found = fit_pair(warp(image, flow).to(GPU), image.to(GPU))
     assert found.device.type == GPU
     assert (found.cpu() - flow)[..., 8:-8, 8:-8].abs().mean() < 0.1
+
+
+def test_critics_on_a_gpu_say_what_they_say_on_the_cpu_and_learn_under_autocast():
+    torch.manual_seed(0)
+    critic, x = Critic(3, 16), torch.randn(4096, 3) @ torch.tensor([[1.0, 0.5, 0], [0, 1, 0.5], [0, 0, 1]])
+    words = [mutual_interaction(copy.deepcopy(critic).to(device), x.to(device)).item() for device in ("cpu", GPU)]
+    assert words[1] == pytest.approx(words[0], abs=0.02)  # the shuffles differ
+    model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 2)).to(GPU)
+    optimizer = torch.optim.Adam(model.parameters())
+    mimic = MiMIc(model, ["0"], example=torch.randn(2, 4, device=GPU))
+    mimic.join(optimizer, steps=2)
+    before = mimic.critics["0"].layers[0].weight.clone()
+    with torch.autocast(GPU, torch.bfloat16):
+        out = model(torch.randn(64, 4, device=GPU))
+        loss = out.square().mean() + mimic.loss()
+    assert loss.dtype is torch.float32
+    loss.backward()
+    optimizer.step()
+    assert not torch.equal(before, mimic.critics["0"].layers[0].weight)
+    assert model[0].weight.isfinite().all()
