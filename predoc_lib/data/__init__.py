@@ -10,5 +10,13 @@ from predoc_lib.data.photos import photos
 from predoc_lib.data.video import read_video
 
 __all__ = [
-    "DataError", "MovingDigits", "driving", "factors", "flow_pairs", "image_set", "moving_digits", "photos", "read_video",
-]  # fmt: skip
+    "DataError",
+    "MovingDigits",
+    "driving",
+    "factors",
+    "flow_pairs",
+    "image_set",
+    "moving_digits",
+    "photos",
+    "read_video",
+]

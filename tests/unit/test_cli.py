@@ -135,7 +135,7 @@ def test_list_shows_every_parameter_its_presets_and_its_meaning_in_120_columns(p
         (
             ["data", "minst"],
             "Unknown data set 'minst'. Did you mean 'mnist'? Valid: digits, mnist, photos, driving, "
-            "motorcycle, rubber_whale, cifar10, cifar10_subset, "
+            "motorcycle, rubber_whale, sprites, cifar10, cifar10_subset, "
             "udacity, bdd100k, yolo_fastest, yolo_fastest_xl, yolov3_tiny, yolov3.",
         ),
     ],
