@@ -176,7 +176,7 @@ def yolo_dynamics() -> dict[str, dict]:
 
 def flow_warp() -> dict[str, dict]:
     """The same: a velocity field on the drawn road. Errors of fitted flows are recorded by benchmarks/flow_warp.py."""
-    return {"road-seed0": {"steps": 300, "evaluate_every": 50, "learning_rate": 1.5e-3, "smoothness": 0.1}}
+    return {"road-seed0": {}}
 
 
 def features_to_frames() -> dict[str, dict]:
