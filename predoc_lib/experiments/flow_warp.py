@@ -21,7 +21,7 @@ from predoc_lib.experiments.yolo_clips import STEP, draw, starts
 from predoc_lib.experiments.yolo_dynamics import TRAINING_SHARE, checksum, find
 from predoc_lib.files import FileError
 from predoc_lib.flow_warp import WarpODE, warp
-from predoc_lib.flow_warp.losses import edge_aware_smoothness, photometric
+from predoc_lib.flow_warp.losses import edge_aware_smoothness, photometric, slowness
 from predoc_lib.metrics import endpoint_error, psnr
 
 CONTEXT, LENGTH = 3, 9  # frames seen; frames of a clip
@@ -34,7 +34,7 @@ FLOWS = {"seen": (1.0, 2.0), "half-way": (1.0, 1.5), "next": (2.0, 3.0), "three"
 class Config(TrainingConfig):
     """What a run of this experiment is made of."""
 
-    steps: int = option(1500, "optimizer steps", low=1)
+    steps: int = option(2000, "optimizer steps", low=1)
     batch_size: int = option(8, "clips a step", low=1)
     learning_rate: float = option(1e-3, "the highest, of Adam with warm-up and cosine decay", low=1e-8)
     clip: float = option(1.0, "longest gradient, a longer one is scaled down; 0: none is", low=0)
@@ -46,6 +46,7 @@ class Config(TrainingConfig):
     residual: bool = option(True, "correct frames after the context's, for new content (the report: no)")
     census_weight: float = option(0.1, "of the census in the photometric loss", low=0)
     smoothness: float = option(0.01, "weight of the edge-aware smoothness", low=0)
+    slowness: float = option(0.02, "weight of the prior for slow velocities", low=0)
     n_train: int = option(500, "drives that are drawn, each also mirrored", low=1)
     n_test: int = option(60, "unseen drives", low=1)
 
@@ -189,8 +190,11 @@ def loss_of(model: WarpODE, clips: Float[Tensor, "B T C H W"], rows: Rows, confi
             made = warp(pictures[source], model.displacement(field, s1, s0))
             coarse = coarse + photometric(made, pictures[target], config.census_weight) / (2 * len(levels))
     parts["coarse"] = coarse
-    parts["smoothness"] = edge_aware_smoothness(model.velocity(fine, 0.0)[:, :2], frames[:, -1])
-    total = parts["photometric"] + parts["coarse"] + config.smoothness * parts["smoothness"]
+    velocity = model.velocity(fine, 0.0)[:, :2]
+    parts["smoothness"] = edge_aware_smoothness(velocity, frames[:, -1])
+    parts["slowness"] = slowness(velocity)
+    total = parts["photometric"] + parts["coarse"]
+    total = total + config.smoothness * parts["smoothness"] + config.slowness * parts["slowness"]
     return {"loss": total} | parts
 
 

@@ -41,3 +41,13 @@ def edge_aware_smoothness(
         edge = image.diff(dim=axis).abs().mean(1, keepdim=True)
         total = total + (torch.exp(-sharpness * edge) * charbonnier(field.diff(dim=axis))).mean()
     return total
+
+
+def slowness(field: Float[Tensor, "B 2 H W"], scale: float = 2.0) -> Float[Tensor, ""]:
+    """The mean of |u|^2 / (|u|^2 + scale^2): of the fields that explain the frames, the slow one.
+
+    The tails are heavy, as those of the prior for speed that people have (Stocker and Simoncelli 2006): what is far
+    faster than the scale, pixels per gap, is hardly slowed down, and what nothing holds comes to rest.
+    """
+    squared = field.square().sum(1)
+    return (squared / (squared + scale**2)).mean()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from predoc_lib.flow_warp import WarpODE, compose, warp
-from predoc_lib.flow_warp.losses import census, charbonnier, edge_aware_smoothness, photometric
+from predoc_lib.flow_warp.losses import census, charbonnier, edge_aware_smoothness, photometric, slowness
 from predoc_lib.flow_warp.model import correlation, expected_shift
 
 torch.manual_seed(0)
@@ -136,3 +136,15 @@ def test_a_level_field_is_smooth_and_a_step_costs_less_at_an_edge():
     step = torch.zeros(1, 2, 16, 16)
     step[..., 8:] = 1
     assert edge_aware_smoothness(step, edge) < 0.1 * edge_aware_smoothness(step, flat)
+
+
+def test_slowness_holds_what_is_slow_and_lets_what_is_fast_be():
+    assert slowness(torch.zeros(1, 2, 4, 4)) == 0
+    pulls = []
+    for speed in (2.0, 12.0):
+        field = torch.full((1, 2, 1, 1), speed / 2**0.5, dtype=torch.float64, requires_grad=True)
+        value = slowness(field)
+        assert value.item() == pytest.approx(speed**2 / (speed**2 + 4))
+        value.backward()
+        pulls.append(field.grad.norm().item())
+    assert pulls[1] < 0.02 * pulls[0]
