@@ -11,17 +11,17 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
-from predoc_lib import checkpoint, results, training
+from predoc_lib import checkpoint, results
 from predoc_lib.batches import Rows
 from predoc_lib.data import catalog
 from predoc_lib.data.digits import digit_images
 from predoc_lib.data.images import image_set, labels
-from predoc_lib.experiments.config import TrainingConfig, choose_device, option
+from predoc_lib.experiments.config import choose_device, option
+from predoc_lib.experiments.critics import CriticConfig, Watched, describe, fit, watch
 from predoc_lib.experiments.features import Labelled
 from predoc_lib.experiments.running import experiment, main
-from predoc_lib.mimic import MiMIc, mutual_interaction
+from predoc_lib.mimic import mutual_interaction
 from predoc_lib.mimic.critic import variable
-from predoc_lib.mimic.dependence import dead_channels, effective_rank, gaussian_copula, nearest_neighbours
 from predoc_lib.mimic.penalties import decorrelation
 
 PLACES = {"none": (), "first": ("first",), "penultimate": ("penultimate",), "both": ("first", "penultimate")}
@@ -31,7 +31,7 @@ OTHER = {"digits": "mnist", "mnist": "digits"}
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(TrainingConfig):
+class Config(CriticConfig):
     """What a run of this experiment is made of; the report names the studies and gives no numbers."""
 
     dataset: str = option("digits", "what is told apart", choices=("digits", "mnist", "cifar10_subset"))
@@ -42,13 +42,6 @@ class Config(TrainingConfig):
     steps: int = option(1000, "optimizer steps", low=1)
     batch_size: int = option(256, "images a step", low=2)
     learning_rate: float = option(3e-3, "the highest, of Adam with warm-up and cosine decay", low=1e-8)
-    clip: float = option(0.0, "longest gradient, a longer one is scaled down; 0: none is", low=0)
-    critic_rate: float = option(3e-3, "the highest learning rate of the critics", low=1e-8)
-    critic_steps: int = option(3, "of the critics for one of the network", low=1)
-    critic_width: int = option(128, "of the critics' two hidden layers", low=1)
-    bound: str = option("donsker_varadhan", "that the critics raise", choices=("donsker_varadhan", "nwj", "info_nce"))
-    spectral: bool = option(False, "normalize the critics' weights by their spectral norms")
-    gradient_penalty: float = option(0.0, "weight of (|grad T| - 1)^2 in the critics' loss", low=0)
     transfer: bool = option(False, "probe the layer on the other set of digits, which must be there")
 
     presets: ClassVar[dict[str, dict[str, Any]]] = {
@@ -87,39 +80,12 @@ class Classifier(nn.Module):
         return self.head(self.layers(x)["penultimate"])
 
 
-class Watched(nn.Module):
-    """A network and its critics in one module, so that all is trained, shared and saved together."""
-
-    def __init__(self, net: nn.Module, mimic: MiMIc | None) -> None:
-        super().__init__()
-        self.net, self.mimic = net, mimic
-
-
 def build_model(config: Config) -> Watched:
     """The untrained network of a Config, with its critics if it has any."""
     colours, side = (3, 32) if config.dataset == "cifar10_subset" else (1, 8)
     net = Classifier(colours, side, config.channels)
-    if config.method != "mimic" or config.place == "none":
-        return Watched(net, None)
-    return Watched(net, watch(net, PLACES[config.place], torch.zeros(2, colours, side, side), config))
-
-
-def watch(net: nn.Module, layers: tuple[str, ...], example: Tensor, config: Any) -> MiMIc:
-    """The plug-in with a Config's options."""
-    return MiMIc(
-        net, layers, config.weight, example=example, kind="position", width=config.critic_width, bound=config.bound,
-        spectral=config.spectral, gradient_penalty=config.gradient_penalty,
-    )  # fmt: skip
-
-
-def fit(model: Watched, train: Labelled, loss: training.Loss, config: Any, **options: Any) -> training.Fitted:
-    """``training.fit`` with the critics in the network's optimizer, at their own rate and number of steps."""
-    arguments = config.training(model.net)
-    if model.mimic is not None:
-        optimizer = arguments["optimizer"]
-        model.mimic.join(optimizer, config.critic_rate, config.critic_steps)
-        arguments["schedule"] = training.warm_up_cosine(optimizer, config.steps)
-    return training.fit(model, train, loss, **arguments, networks=[model.net], **options)
+    watched = PLACES[config.place] if config.method == "mimic" else ()
+    return watch(net, watched, torch.zeros(2, colours, side, side), config)
 
 
 def read(dataset: str, split: str) -> Labelled:
@@ -216,16 +182,6 @@ def measure(model: Watched, test: Labelled) -> dict[str, Any]:
                 word = mutual_interaction(model.mimic.critics[layer], x.to(next(model.parameters()).device))
             found[layer]["critic"] = word.item()
     return found
-
-
-def describe(x: Float[Tensor, "N F"]) -> dict[str, float]:
-    """The dependence of channels, measured without a critic, and whether they are alive."""
-    return {
-        "copula": gaussian_copula(x),
-        "neighbours": nearest_neighbours(x[:, :4]),
-        "rank": effective_rank(x),
-        "dead": dead_channels(x),
-    }
 
 
 def transfer(net: Classifier, config: Config) -> dict[str, float]:

@@ -13,9 +13,9 @@ from predoc_lib import results
 from predoc_lib.batches import Rows
 from predoc_lib.data import catalog
 from predoc_lib.data.factors import factors
-from predoc_lib.experiments.config import TrainingConfig, choose_device, option
+from predoc_lib.experiments.config import choose_device, option
+from predoc_lib.experiments.critics import CriticConfig, Watched, describe, fit, watch
 from predoc_lib.experiments.features import Labelled
-from predoc_lib.experiments.mimic import Watched, describe, fit, watch
 from predoc_lib.experiments.running import experiment, main
 from predoc_lib.metrics import psnr
 from predoc_lib.mimic import MiMIc
@@ -29,7 +29,7 @@ RANDOM = ("vae", "beta_vae", "factor_vae", "beta_tcvae")  # their codes are draw
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(TrainingConfig):
+class Config(CriticConfig):
     """What a run of this experiment is made of."""
 
     method: str = option("mimic", "what the codes pay for", choices=METHODS)
@@ -38,13 +38,7 @@ class Config(TrainingConfig):
     steps: int = option(1000, "optimizer steps", low=1)
     batch_size: int = option(128, "images a step", low=2)
     learning_rate: float = option(2e-3, "the highest, of Adam with warm-up and cosine decay", low=1e-8)
-    clip: float = option(0.0, "longest gradient, a longer one is scaled down; 0: none is", low=0)
-    critic_rate: float = option(3e-3, "the highest learning rate of the critic", low=1e-8)
-    critic_steps: int = option(2, "of the critic for one of the network", low=1)
-    critic_width: int = option(128, "of the critic's two hidden layers", low=1)
-    bound: str = option("donsker_varadhan", "that the critic raises", choices=("donsker_varadhan", "nwj", "info_nce"))
-    spectral: bool = option(False, "normalize the critic's weights by their spectral norms")
-    gradient_penalty: float = option(0.0, "weight of (|grad T| - 1)^2 in the critic's loss", low=0)
+    critic_steps: int = option(2, "of the critics for one of the network", low=1)
 
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "smoke": {"steps": 10, "batch_size": 32, "critic_width": 16},
@@ -81,9 +75,7 @@ class Autoencoder(nn.Module):
 def build_model(config: Config) -> Watched:
     """The untrained autoencoder of a Config, with its critic if the method has one."""
     net = Autoencoder(config.codes)
-    if config.method not in CRITICS:
-        return Watched(net, None)
-    return Watched(net, watch(net, ("code",), torch.zeros(2, 1, 32, 32), config))
+    return watch(net, ("code",) if config.method in CRITICS else (), torch.zeros(2, 1, 32, 32), config)
 
 
 def objective(model: Watched, images: Tensor, config: Config, noise: Tensor) -> dict[str, Tensor]:
