@@ -82,8 +82,6 @@ ALLOWED = {
     "yolo_dynamics": 3,
     "features_to_frames": 3,
     "flow_warp": 2,
-    "mimic": 1,
-    "mimic_sprites": 1,
 }  # MB of results/
 
 

@@ -252,6 +252,13 @@ def mimic_sprites() -> dict[str, dict]:
     }
 
 
+def mimic_dusk() -> dict[str, dict]:
+    """The same: a segmentation by day, seen at dusk, and the one that has learned dusk too."""
+    ways = {method: {"method": method} for method in ("plain", "decorrelation", "mimic")}
+    ways["plain-both"] = {"method": "plain", "light": "both"}
+    return {f"{way}-seed{seed}": run | {"seed": seed} for seed in (0, 1, 2) for way, run in ways.items()}
+
+
 PLANS = {
     "latent_ode": latent_ode,
     "flow2d": flow2d,
@@ -264,6 +271,7 @@ PLANS = {
     "segmentation": segmentation,
     "mimic": mimic,
     "mimic_sprites": mimic_sprites,
+    "mimic_dusk": mimic_dusk,
 }
 
 

@@ -170,7 +170,7 @@ def measure(model: Model, unseen: Clips) -> dict[str, Any]:
     return found
 
 
-def class_weights(masks: UInt8[Tensor, "N T H W"]) -> Float[Tensor, " K"]:
+def class_weights(masks: UInt8[Tensor, "N *T H W"]) -> Float[Tensor, " K"]:
     """One over the root of each class's share: else a road user that is small is not worth finding."""
     share = torch.bincount(masks.flatten(), minlength=CLASSES) / masks.numel()
     weights = share.clamp(min=1e-4).rsqrt()

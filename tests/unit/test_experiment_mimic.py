@@ -6,11 +6,15 @@ import pytest
 import torch
 
 from predoc_lib import results
-from predoc_lib.experiments import mimic, mimic_sprites
+from predoc_lib.experiments import mimic, mimic_dusk, mimic_sprites
 from predoc_lib.experiments.mimic import Config, Labelled, load, measure, read, run
+from predoc_lib.mimic import MiMIc
 from predoc_lib.mimic.dependence import gaussian_copula
 
 TINY = Config(steps=3, batch_size=16, critic_width=8, channels=4, device="cpu")
+DUSK = mimic_dusk.Config(
+    steps=3, batch_size=4, critic_width=8, width=4, n_train=4, n_test=3, evaluate_every=2, device="cpu"
+)
 SPRITES = mimic_sprites.Config(steps=2, batch_size=16, critic_width=8, device="cpu")
 
 
@@ -113,7 +117,7 @@ def test_a_factor_vaes_critic_learns_the_ratio_of_joint_and_product():
     r = 0.8
     root = torch.linalg.cholesky(torch.tensor([[1, r], [r, 1]]))
     net = torch.nn.Sequential(torch.nn.Identity())
-    model = mimic.MiMIc(net, ["0"], example=torch.zeros(2, 2), width=32)
+    model = MiMIc(net, ["0"], example=torch.zeros(2, 2), width=32)
     model.critics["code"] = model.critics.pop("0")
     optimizer = torch.optim.Adam(model.critics.parameters(), lr=1e-2)
     for _ in range(250):
@@ -132,6 +136,32 @@ def test_labelled_images_are_those_of_the_set():
     assert isinstance(data, Labelled)
     assert data.images.shape[1:] == (1, 8, 8)
     assert set(data.classes.tolist()) == set(range(10))
+
+
+@pytest.mark.parametrize("method", mimic_dusk.METHODS)
+def test_every_way_by_day_is_measured_at_dusk(tmp_path, method):
+    record = mimic_dusk.run(dataclasses.replace(DUSK, method=method), tmp_path / "run", progress=False)
+    assert results.load(tmp_path / "run") == record
+    assert set(record["metrics"]["iou"]) == {"day", "dusk", "matched", "commonest"}
+    assert all(0 <= value <= 1 for value in record["metrics"]["iou"].values())
+    assert ("interaction" in record["history"][-1]) == (method == "mimic")
+
+
+def test_dusk_is_the_same_drives_in_another_light():
+    (day, true), (dusk, same) = (mimic_dusk.scenes(3, "test", light) for light in ("day", "dusk"))
+    both, masks = mimic_dusk.scenes(3, "test", "both")
+    assert torch.equal(true, same)
+    assert dusk.float().mean() < 0.9 * day.float().mean()
+    assert torch.equal(both, torch.cat([day, dusk]))
+    assert torch.equal(masks, torch.cat([true, true]))
+
+
+def test_matched_images_have_the_colours_of_others():
+    torch.manual_seed(0)
+    images, like = torch.rand(2, 3, 8, 8) * 0.2, 0.4 + 0.2 * torch.rand(5, 3, 8, 8)
+    found = mimic_dusk.match(images, like)
+    torch.testing.assert_close(found.mean((2, 3)), like.mean((0, 2, 3)).expand(2, 3))
+    torch.testing.assert_close(found.std((2, 3)), like.std((2, 3)).mean(0).expand(2, 3))
 
 
 @pytest.mark.slow
