@@ -10,7 +10,7 @@ import functools
 import numpy as np
 import sklearn.datasets
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torchvision.datasets import mnist
 
@@ -87,8 +87,23 @@ class MovingDigits:
 
     def frames(self, t: Tensor) -> Float[Tensor, "B T 1 H W"]:
         """True frames in [0, 1] at times t, [T] or [B, T]; where digits overlap the brighter one shows."""
-        drawn = place(self.images[:, None], self.position(t), (self.canvas, self.canvas))
-        return drawn.amax(2)[:, :, None]
+        return self._drawn(t).amax(2)[:, :, None]
+
+    def flow(self, t0: float, t1: float) -> tuple[Float[Tensor, "B 2 H W"], Bool[Tensor, "B H W"]]:
+        """Where the points seen at t1 were at t0: (dx, dy) in pixels on t1's grid, and which of them are a digit's.
+
+        The background has no marks, so that nobody can see it move: its flow is 0.
+        """
+        drawn = self._drawn(torch.tensor([float(t1)]))[:, 0]
+        way = (self.position(torch.tensor([float(t0)])) - self.position(torch.tensor([float(t1)])))[:, 0].flip(-1)
+        level, owner = drawn.max(1)
+        solid = level > 0.05
+        flow = torch.stack([x.gather(1, owner.flatten(1)).view_as(level) for x in way.unbind(-1)], 1)
+        return flow * solid[:, None], solid
+
+    def _drawn(self, t: Tensor) -> Float[Tensor, "B T K H W"]:
+        """Each digit alone."""
+        return place(self.images[:, None], self.position(t), (self.canvas, self.canvas))
 
 
 def moving_digits(

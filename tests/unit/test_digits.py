@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from predoc_lib.data import DataError, MovingDigits, catalog, moving_digits
 from predoc_lib.data.digits import SPLITS, digit_images, reflect
+from predoc_lib.flow_warp import warp
 from predoc_lib.metrics import centroid
 
 TIMES = torch.tensor([-31.7, -5.0, -0.25, 0.0, 0.5, 1.0, 7.3, 19.0, 64.9])
@@ -184,3 +185,25 @@ def test_absent_data_is_refused_with_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setenv("PREDOC_DATA", str(tmp_path))
     with pytest.raises(catalog.DataError, match=r"`predoc data mnist`.*'digits'"):
         moving_digits(2, dataset="mnist")
+
+
+def test_a_flow_fetches_the_earlier_frame_where_digits_are():
+    videos = moving_digits(6, n_digits=2, canvas=64, seed=1)
+    flow, solid = videos.flow(2.0, 3.0)
+    earlier, later = videos.frames(torch.tensor([2.0, 3.0])).unbind(1)
+    off = (warp(earlier, flow) - later).abs()[:, 0]
+    still = (earlier - later).abs()[:, 0]
+    single = solid & (videos._drawn(torch.tensor([2.0, 3.0])) > 0.05).sum(2).amax(1).lt(2)  # of one digit, both times
+    assert off[single].mean() < 0.1 * still[single].mean()
+    assert (flow[~solid[:, None].expand_as(flow)] == 0).all()
+    back, _ = videos.flow(3.0, 3.0)
+    assert (back == 0).all()
+
+
+def test_a_digits_flow_is_the_way_of_its_corner():
+    videos = moving_digits(1, canvas=32, seed=0)
+    flow, solid = videos.flow(0.0, 0.5)
+    y, x = (videos.position(torch.tensor([0.0])) - videos.position(torch.tensor([0.5])))[0, 0, 0]
+    assert solid.any()
+    torch.testing.assert_close(flow[0, 0][solid[0]], x.expand(int(solid.sum())))
+    torch.testing.assert_close(flow[0, 1][solid[0]], y.expand(int(solid.sum())))
