@@ -192,7 +192,7 @@ def features_to_frames() -> dict[str, dict]:
         "irevnet-ode": invertible | trained | {"remainder": "ode"},
         "last-cycle": {"cycle_weight": 0.5},
         "last-adversarial": {"adversarial_weight": 0.02},
-        "iresnet": invertible | trained | {"method": "iresnet"},
+        "iresnet": invertible | {"method": "iresnet"},  # to train through 30 fixed points a block takes an hour
         "last-joint": {"end_to_end": True},
         "irevnet-augmented": invertible | trained | {"noise": 0.2, "sees": "between"},
         "irevnet-joint": invertible | trained | {"end_to_end": True},
