@@ -43,7 +43,7 @@ def edge_aware_smoothness(
     return total
 
 
-def slowness(field: Float[Tensor, "B 2 H W"], scale: float = 2.0) -> Float[Tensor, ""]:
+def slowness(field: Float[Tensor, "B 2 H W"], scale: float = 1.0) -> Float[Tensor, ""]:
     """The mean of |u|^2 / (|u|^2 + scale^2): of the fields that explain the frames, the slow one.
 
     The tails are heavy, as those of the prior for speed that people have (Stocker and Simoncelli 2006): what is far
