@@ -227,13 +227,16 @@ def mimic() -> dict[str, dict]:
     }
     variants = {f"weight{weight:g}": {"weight": weight} for weight in (0.01, 0.1, 0.3, 1.0)}
     variants |= {f"weight0.01-seed{seed}": {"weight": 0.01, "seed": seed} for seed in (1, 2)}
-    variants |= {
+    critics = {
         "one-step": {"critic_steps": 1},
         "nwj": {"bound": "nwj"},
         "info_nce": {"bound": "info_nce"},
         "spectral": {"spectral": True},
         "gradient": {"gradient_penalty": 1.0},
     }
+    variants |= critics
+    for name in ("info_nce", "gradient"):  # they left the least
+        variants |= {f"{name}-seed{seed}": critics[name] | {"seed": seed} for seed in (1, 2)}
     return runs | {f"digits-penultimate-{name}": sets["digits"] | change for name, change in variants.items()}
 
 
