@@ -1,7 +1,7 @@
 """From a detector's features to the frame that they are of: decoders, and the search for an image (report, 5.3.2).
 
     plain        x = D(f)                                         the features alone
-    last frame   x = warp(x_0, u) + m (c - warp(x_0, u))          u, m, c = D(x_{-1}, x_0, f_0, f)
+    last frame   x = warp(x_0, u) + m c                           u, m, c = D(x_{-1}, x_0, f_0, f)
 
 f_0 are the features of the last frame seen, x_0, and f those of the frame that is wanted.
 """

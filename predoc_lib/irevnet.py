@@ -114,12 +114,7 @@ class IRevNet(nn.Module):
         Raises:
             ValueError: another number of channels, or sides that do not divide.
         """
-        _, c, height, width = image.shape
-        if c != self.channels or height % self.scale or width % self.scale:
-            raise ValueError(
-                f"Images must have {self.channels} channels and sides that divide by {self.scale}, got "
-                f"{list(image.shape)}: resize or pad them."
-            )
+        _check_image(image, self.channels, self.scale)
         x = F.pad(F.pixel_unshuffle(image, 2), (0, 0, 0, 0, 0, self.pad))
         x1, x2 = x.chunk(2, 1)
         for block in self.blocks:
@@ -133,16 +128,7 @@ class IRevNet(nn.Module):
         Raises:
             ValueError: other numbers of channels, or sizes that differ.
         """
-        if remainder is None:
-            size = (len(feature), self.out_channels - self.features, *feature.shape[2:])
-            remainder = feature.new_zeros(size)
-        wanted = (self.features, self.out_channels - self.features)
-        if (feature.shape[1], remainder.shape[1]) != wanted or feature.shape[2:] != remainder.shape[2:]:
-            raise ValueError(
-                f"Feature and remainder must have {wanted[0]} and {wanted[1]} channels on the same grid, got "
-                f"{list(feature.shape)} and {list(remainder.shape)}."
-            )
-        x1, x2 = torch.cat([feature, remainder], 1).chunk(2, 1)
+        x1, x2 = _joined(feature, remainder, self.features, self.out_channels).chunk(2, 1)
         for block in reversed(self.blocks):
             x1, x2 = block.inverse(x1, x2)
         x = torch.cat([x1, x2], 1)
@@ -191,20 +177,30 @@ class IResNet(nn.Module):
         features: channels of the feature.
         hidden: channels within a block, in each level.
         steps: of the fixed-point iteration of the inverse.
+
+    Raises:
+        ValueError: no level, or more features than channels.
     """
 
     def __init__(
         self, channels: int, blocks: tuple[int, ...], features: int, hidden: tuple[int, ...], steps: int = 30
     ) -> None:
         super().__init__()
-        self.features, self.steps, self.out_channels = features, steps, channels * 4 ** (len(blocks) + 1)
+        self.channels, self.scale = channels, 2 ** (len(blocks) + 1)
+        self.features, self.steps, self.out_channels = features, steps, channels * self.scale**2
+        if not blocks or not 0 < features <= self.out_channels:
+            raise ValueError(
+                f"An i-ResNet needs a level, and a feature of 1 to {self.out_channels} channels; got "
+                f"blocks={blocks} and {features}."
+            )
         self.levels = nn.ModuleList()
         for level, (count, width) in enumerate(zip(blocks, hidden, strict=True)):
             inner = channels * 4 ** (level + 2)
             self.levels.append(nn.ModuleList(ResidualBlock(inner, width) for _ in range(count)))
 
     def forward(self, image: Image) -> tuple[Float[Tensor, "B f h w"], Float[Tensor, "B r h w"]]:
-        """Feature and remainder."""
+        """Feature and remainder; errors as ``IRevNet``'s."""
+        _check_image(image, self.channels, self.scale)
         x = F.pixel_unshuffle(image, 2)
         for blocks in self.levels:
             x = F.pixel_unshuffle(x, 2)
@@ -213,16 +209,34 @@ class IResNet(nn.Module):
         return x[:, : self.features], x[:, self.features :]
 
     def inverse(self, feature: Float[Tensor, "B f h w"], remainder: Float[Tensor, "B r _ _"] | None = None) -> Image:
-        """The image, by fixed points; None: a remainder of zeros."""
-        if remainder is None:
-            size = (len(feature), self.out_channels - self.features, *feature.shape[2:])
-            remainder = feature.new_zeros(size)
-        x = torch.cat([feature, remainder], 1)
+        """The image, by fixed points; None: a remainder of zeros. Errors as ``IRevNet``'s."""
+        x = _joined(feature, remainder, self.features, self.out_channels)
         for blocks in reversed(self.levels):
             for block in reversed(blocks):
                 x = block.inverse(x, self.steps)
             x = F.pixel_shuffle(x, 2)
         return F.pixel_shuffle(x, 2)
+
+
+def _check_image(image: Image, channels: int, scale: int) -> None:
+    if image.shape[1] != channels or image.shape[2] % scale or image.shape[3] % scale:
+        raise ValueError(
+            f"Images must have {channels} channels and sides that divide by {scale}, got {list(image.shape)}: "
+            "resize or pad them."
+        )
+
+
+def _joined(feature: Image, remainder: Image | None, features: int, channels: int) -> Image:
+    """Feature and remainder in one tensor; None: zeros."""
+    if remainder is None:
+        remainder = feature.new_zeros(len(feature), channels - features, *feature.shape[2:])
+    wanted = (features, channels - features)
+    if (feature.shape[1], remainder.shape[1]) != wanted or feature.shape[2:] != remainder.shape[2:]:
+        raise ValueError(
+            f"Feature and remainder must have {wanted[0]} and {wanted[1]} channels on the same grid, got "
+            f"{list(feature.shape)} and {list(remainder.shape)}."
+        )
+    return torch.cat([feature, remainder], 1)
 
 
 def levels_for(image: tuple[int, int, int], shapes: list[tuple[int, int, int]]) -> int:
@@ -233,10 +247,17 @@ def levels_for(image: tuple[int, int, int], shapes: list[tuple[int, int, int]]) 
         shapes: the same of each head's features.
 
     Raises:
-        ValueError: no number of levels does, or the features have more numbers than the image.
+        ValueError: no number of levels does, a head's grid is not the coarsest's times a power of 2, or the features
+            have more numbers than the image.
     """
     channels, height, width = image
     coarsest = min(shapes, key=lambda shape: shape[1] * shape[2])
+    grids = {(coarsest[1] * 2**k, coarsest[2] * 2**k) for k in range(10)}
+    if odd := [shape[1:] for shape in shapes if shape[1:] not in grids]:
+        raise ValueError(
+            f"Heads of {odd[0][0]} x {odd[0][1]} and {coarsest[1]} x {coarsest[2]} cells cannot be joined: each must "
+            "be as large as the coarsest, times a power of 2."
+        )
     reached = {}
     for levels in range(1, 10):
         scale = 2 ** (levels + 1)

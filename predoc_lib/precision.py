@@ -12,6 +12,11 @@ from torch import nn
 PRECISIONS = ("float32", "bfloat16")
 
 
+def layers_of(model: nn.Module) -> list[nn.Module]:
+    """Convolutions and linear layers: the networks of a model whose work is not all in its ``forward``."""
+    return [module for module in model.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+
+
 @contextlib.contextmanager
 def lower_precision(networks: list[nn.Module], precision: str, device: str, compile: bool = False) -> Iterator[None]:
     """Run the networks in bfloat16, or compiled, or both, inside the block; what they return is float32 again.

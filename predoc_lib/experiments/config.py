@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -131,11 +132,13 @@ class TrainingConfig:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device that one of ``DEVICES`` names; "auto" is a GPU if there is one.
+    """The device that one of ``DEVICES`` names; "auto" is a GPU if there is one, each process's own if there are many.
 
     Raises:
         ConfigError: "cuda" where there is no GPU.
     """
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError(NO_GPU)
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ["LOCAL_RANK"])) if "LOCAL_RANK" in os.environ else torch.device("cuda")

@@ -1,6 +1,7 @@
 """What the experiments of MiMIc share: a network and its critics, trained together (eq. 7.2)."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 from jaxtyping import Float
@@ -11,6 +12,7 @@ from predoc_lib import training
 from predoc_lib.experiments.config import TrainingConfig, option
 from predoc_lib.mimic import MiMIc
 from predoc_lib.mimic.dependence import dead_channels, effective_rank, gaussian_copula, nearest_neighbours
+from predoc_lib.precision import layers_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,14 +47,23 @@ def watch(net: nn.Module, layers: tuple[str, ...], example: Tensor, config: Any,
     return Watched(net, mimic)
 
 
-def fit(model: Watched, train: Dataset, loss: training.Loss, config: CriticConfig, **options: Any) -> training.Fitted:
-    """``training.fit`` with the critics in the network's optimizer, at their own rate and number of steps."""
+def fit(
+    model: Watched, train: Dataset, loss: training.Loss, config: CriticConfig,
+    critic_loss: Callable[[], Tensor] | None = None, **options: Any,
+) -> training.Fitted:  # fmt: skip
+    """``training.fit`` with the critics in the network's optimizer, at their own rate and number of steps.
+
+    Args:
+        model, train, loss, options: as ``training.fit``'s.
+        config: the parameters.
+        critic_loss: what the critics minimize in their further steps; None: ``MiMIc.critic_loss``.
+    """
     arguments = config.training(model.net)
     if model.mimic is not None:
         optimizer = arguments["optimizer"]
-        model.mimic.join(optimizer, config.critic_rate, config.critic_steps)
+        model.mimic.join(optimizer, config.critic_rate, config.critic_steps, critic_loss)
         arguments["schedule"] = training.warm_up_cosine(optimizer, config.steps)
-    return training.fit(model, train, loss, **arguments, networks=[model.net], **options)
+    return training.fit(model, train, loss, **arguments, networks=layers_of(model.net), **options)
 
 
 def describe(x: Float[Tensor, "N F"]) -> dict[str, float]:

@@ -20,6 +20,7 @@ from predoc_lib.experiments.running import experiment, main
 from predoc_lib.experiments.yolo_clips import AHEAD, CONTEXT, TRAINED
 from predoc_lib.frames import Critic, Heads, LastFrameDecoder, PlainDecoder
 from predoc_lib.irevnet import IResNet, IRevNet, gather, levels_for
+from predoc_lib.precision import layers_of
 from predoc_lib.yolo import Darknet, FeatureODE
 from predoc_lib.yolo.dynamics import Features
 
@@ -223,8 +224,10 @@ def measure(model: Model, network: Darknet, unseen: Unseen, mean: Float[Tensor, 
                 ahead = torch.tensor([SEEN[seen]], device=frames.device)
                 treatments["ode"] = model.remainders_ahead(frames[:, :CONTEXT], ahead)[:, 0]
             for name, remainder in treatments.items():
+                _wait(frames.device)
                 begun = time.perf_counter()
                 made[name] = model.frames(last, now, wanted, remainder).clamp(0, 1)
+                _wait(frames.device)
                 spent[name] = spent.get(name, 0.0) + time.perf_counter() - begun
             made["copy-last"] = last[:, 1]
             made["mean image"] = mean.expand_as(true)
@@ -243,6 +246,12 @@ def measure(model: Model, network: Darknet, unseen: Unseen, mean: Float[Tensor, 
             figures["seconds"] = spent.get(name, 0.0) / len(unseen.frames) / len(kinds)
             table[seen][name or "made"] = figures
     return table
+
+
+def _wait(device: torch.device) -> None:
+    """Until a GPU has done what it was asked for, so that it can be timed."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 @experiment("features_to_frames")
@@ -275,7 +284,8 @@ def run(config: Config, folder: Path | None = None, progress: bool | None = None
         return {"psnr": metrics.psnr(made.clamp(0, 1), frames[:, at])}
 
     done = training.fit(
-        model, clips, objective(config, network), **config.training(model), folder=folder, progress=progress,
+        model, clips, objective(config, network), **config.training(model),
+        networks=layers_of(model), folder=folder, progress=progress,
         show="match" if isinstance(model.maker, INVERTIBLE) else "pixels", evaluate=follow,
     )  # fmt: skip
     if not done.is_main:

@@ -23,6 +23,7 @@ from predoc_lib.files import FileError
 from predoc_lib.flow_warp import WarpODE, warp
 from predoc_lib.flow_warp.losses import edge_aware_smoothness, photometric, slowness
 from predoc_lib.metrics import endpoint_error, psnr
+from predoc_lib.precision import layers_of
 
 CONTEXT, LENGTH = 3, 9  # frames seen; frames of a clip
 SIZE = (96, 160)  # of the frames, height and width
@@ -232,7 +233,8 @@ def run(config: Config, folder: Path | None = None, progress: bool | None = None
         return found
 
     done = training.fit(
-        model, clips, lambda model, x, rows: loss_of(model, x, rows, config), **config.training(model), folder=folder,
+        model, clips, lambda model, x, rows: loss_of(model, x, rows, config), **config.training(model),
+        networks=layers_of(model), folder=folder,
         progress=progress, show="next_psnr", evaluate=follow,
     )  # fmt: skip
     if not done.is_main:

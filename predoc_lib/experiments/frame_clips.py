@@ -44,7 +44,7 @@ class Clips(Dataset):
         flip = torch.from_numpy(mirrored.astype(bool))[:, None, None, None, None]
         parts = []
         for plain, other in zip(*self.features, strict=True):
-            x = torch.where(flip, other[drive[:, None], at], plain[drive[:, None], at])
+            x = torch.where(flip.to(plain.device), other[drive[:, None], at], plain[drive[:, None], at])
             parts.append(x.float())
         return {"frames": torch.where(flip, frames.flip(-1), frames), "features": parts}
 

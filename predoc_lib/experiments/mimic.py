@@ -129,14 +129,14 @@ def run(config: Config, folder: Path | None = None, progress: bool | None = None
 
     def loss(model: Watched, batch: tuple[Tensor, Tensor], rows: Rows) -> dict[str, Tensor]:
         images, classes = batch
-        task = nn.functional.cross_entropy(model.net(images).float(), classes)
+        layers = model.net.layers(images)
+        task = nn.functional.cross_entropy(model.net.head(layers["penultimate"]).float(), classes)
         if model.mimic is not None:
             words = model.mimic.interactions()
             paid = config.weight * sum(words.values())
             found = {f"interaction_{name}": word for name, word in words.items()}
             return {"loss": task + paid + model.mimic.critic_loss(), "task": task} | found
         if config.method == "decorrelation" and config.place != "none":
-            layers = model.net.layers(images)
             task = task + config.weight * sum(decorrelation(layers[n], "position") for n in PLACES[config.place])
         return {"loss": task}
 
@@ -179,7 +179,9 @@ def measure(model: Watched, test: Labelled) -> dict[str, Any]:
         found[layer] = describe(x)
         if model.mimic is not None and layer in model.mimic.critics:
             with torch.no_grad():
-                word = mutual_interaction(model.mimic.critics[layer], x.to(next(model.parameters()).device))
+                x = x.to(next(model.parameters()).device)
+                draw = torch.Generator(x.device).manual_seed(0)
+                word = mutual_interaction(model.mimic.critics[layer], x, draw)
             found[layer]["critic"] = word.item()
     return found
 

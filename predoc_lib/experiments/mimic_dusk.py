@@ -131,8 +131,8 @@ def measure(model: Watched, train: Labelled, n: int) -> dict[str, Any]:
         for name, x in looks.items()
     }
     iou["commonest"] = mean_iou(train.classes.mode(0).values.expand_as(true), true)
-    draw = torch.Generator().manual_seed(0)
-    bottleneck = torch.cat([variable(model.net.encode(day)[0], "position", draw) for _ in range(10)])
+    seen, draw = model.net.encode(day)[0], torch.Generator().manual_seed(0)
+    bottleneck = torch.cat([variable(seen, "position", draw) for _ in range(10)])
     return {
         "iou": iou,
         "bottleneck": describe(bottleneck),

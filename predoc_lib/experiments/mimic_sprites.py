@@ -97,21 +97,24 @@ def objective(model: Watched, images: Tensor, config: Config, noise: Tensor) -> 
             excess = minibatch_total_correlation(out["code"], out["mean"], out["log_var"])
             loss = loss + kl + (config.weight - 1) * excess
         case "factor_vae":
-            loss = loss + kl + factor_vae(model.mimic, config.weight)
-    return {"loss": loss, "reconstruction": found}
+            loss = loss + kl + config.weight * log_ratio(model.mimic) + classification(model.mimic)
+    # Codes that are not drawn have no use for a variance; processes that share a model want a gradient of all of it.
+    return {"loss": loss + 0 * kl, "reconstruction": found}
 
 
-def factor_vae(mimic: MiMIc, weight: float) -> Tensor:
-    """FactorVAE's price, the mean score of a critic that is trained as a classifier (Kim and Mnih 2018).
+def log_ratio(mimic: MiMIc) -> Float[Tensor, ""]:
+    """FactorVAE's price, the mean score of a critic that is trained by ``classification`` (Kim and Mnih 2018).
 
     The classifier's logit is the log-ratio of joint and product, so that its mean over the joint is the divergence.
     """
-    critic, code = mimic.critics["code"], mimic.features["code"]
     with mimic.frozen():
-        joint = critic(code).mean()
-    real, shuffled = critic(code.detach()), critic(shuffle(code.detach()))
-    classify = nn.functional.softplus(-real).mean() + nn.functional.softplus(shuffled).mean()
-    return weight * joint + classify
+        return mimic.critics["code"](mimic.features["code"]).mean()
+
+
+def classification(mimic: MiMIc) -> Float[Tensor, ""]:
+    """What that critic minimizes: the error of telling codes from shuffled ones."""
+    critic, code = mimic.critics["code"], mimic.features["code"].detach()
+    return nn.functional.softplus(-critic(code)).mean() + nn.functional.softplus(critic(shuffle(code))).mean()
 
 
 @experiment("mimic_sprites")
@@ -133,7 +136,8 @@ def run(config: Config, folder: Path | None = None, progress: bool | None = None
     def loss(model: Watched, batch: tuple[Tensor, Tensor], rows: Rows) -> dict[str, Tensor]:
         return objective(model, batch[0], config, rows.randn(config.codes))
 
-    done = fit(model, Labelled(images, values), loss, config, folder=folder, progress=progress)
+    critic_loss = (lambda: classification(model.mimic)) if config.method == "factor_vae" else None
+    done = fit(model, Labelled(images, values), loss, config, critic_loss, folder=folder, progress=progress)
     if not done.is_main:
         return None
     return results.record(

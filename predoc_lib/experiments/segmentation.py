@@ -23,6 +23,7 @@ from predoc_lib.experiments.frame_clips import SIZE
 from predoc_lib.experiments.running import experiment, main
 from predoc_lib.experiments.yolo_clips import CONTEXT, STEP, TRAINED, draw, starts
 from predoc_lib.frames import LastFrameDecoder
+from predoc_lib.precision import layers_of
 from predoc_lib.segmentation import SCALE, UNet
 from predoc_lib.yolo import FeatureODE
 
@@ -222,7 +223,8 @@ def run(config: Config, folder: Path | None = None, progress: bool | None = None
     unseen = unseen_clips(config.n_test)
     unseen = Clips(unseen.frames.to(device), unseen.masks.to(device))
     done = training.fit(
-        model, clips, objective(config, class_weights(clips.masks).to(device)), **config.training(model), folder=folder,
+        model, clips, objective(config, class_weights(clips.masks).to(device)), **config.training(model),
+        networks=layers_of(model), folder=folder,
         progress=progress, show="masks",
     )  # fmt: skip
     if not done.is_main:

@@ -120,7 +120,7 @@ class WarpODE(nn.Module):
             t0, t1: in either order; outside ``trained`` they are allowed, with a warning.
 
         Raises:
-            ValueError: less than two frames, or times that do not increase.
+            ValueError: less than two frames, times that do not increase, or sides that do not divide by 8.
         """
         self._check(frames, t)
         s = self._gaps(t, torch.tensor([float(t0), float(t1)]))
@@ -196,7 +196,7 @@ class WarpODE(nn.Module):
             )
         if (t.diff() <= 0).any():
             raise ValueError(f"The times of the frames must increase, got {t.tolist()}.")
-        if min(frames.shape[-2:]) % STRIDES[0]:
+        if any(side % STRIDES[0] for side in frames.shape[-2:]):
             raise ValueError(
                 f"Height and width must be multiples of {STRIDES[0]} pixels, got {frames.shape[-2]} x "
                 f"{frames.shape[-1]}: crop or pad the frames."

@@ -52,7 +52,7 @@ def inside(flow: Float[Tensor, "B 2 H W"]) -> Bool[Tensor, "B 1 H W"]:
 
 def pixels(like: Float[Tensor, "B _ H W"]) -> Float[Tensor, "1 2 H W"]:
     """The grid itself: (x, y) of every pixel."""
-    return _pixels(*like.shape[-2:], like.dtype, like.device)
+    return _pixels(*like.shape[-2:], like.dtype, like.device).clone()
 
 
 def compose(
@@ -172,6 +172,8 @@ def advect(
     if state not in STATES:
         raise ValueError(unknown("state", state, STATES))
     here = pixels(image).expand(len(image), -1, -1, -1)
+    if steps < 1:
+        raise ValueError(f"advect needs steps of at least 1, got {steps}.")
     if state == "coordinates":
         return warp(image, trace(u, here, t0, t1, steps=steps, method=method) - here, mode=mode, border=border)
     dt = (t1 - t0) / steps
@@ -198,7 +200,8 @@ def _check(image: Tensor, flow: Tensor, mode: str, border: str) -> None:
         raise ValueError(unknown("mode", mode, MODES))
     if border not in BORDERS:
         raise ValueError(unknown("border", border, BORDERS))
-    if not flow.detach().sum().isfinite():  # a sum is as fast as memory is, and not finite if one of them is not
+    # A sum is as fast as memory is, and not finite if one of them is not; in half precision it overflows.
+    if not flow.detach().sum(dtype=torch.promote_types(flow.dtype, torch.float32)).isfinite():
         raise ValueError(
             f"The flow must be finite, but {(~flow.isfinite()).sum().item()} of its numbers are not. Where it is "
             "unknown, set it to 0 and leave these pixels out of what you measure."
@@ -207,12 +210,14 @@ def _check(image: Tensor, flow: Tensor, mode: str, border: str) -> None:
 
 @functools.lru_cache(maxsize=32)
 def _pixels(height: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    y, x = (torch.arange(n, dtype=dtype, device=device) for n in (height, width))
-    return torch.stack([x.expand(height, -1), y[:, None].expand(-1, width)])[None]
+    with torch.inference_mode(False):  # it is kept for later calls, which may want gradients
+        y, x = (torch.arange(n, dtype=dtype, device=device) for n in (height, width))
+        return torch.stack([x.expand(height, -1), y[:, None].expand(-1, width)])[None]
 
 
 @functools.lru_cache(maxsize=32)
 def _normalized(height: int, width: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     """The grid in ``grid_sample``'s unit, from -1 at the first pixel's middle to 1 at the last's, and a pixel in it."""
-    pixel = torch.tensor([2 / max(width - 1, 1), 2 / max(height - 1, 1)], dtype=dtype, device=device)[:, None, None]
-    return _pixels(height, width, dtype, device) * pixel - 1, pixel
+    with torch.inference_mode(False):
+        pixel = torch.tensor([2 / max(width - 1, 1), 2 / max(height - 1, 1)], dtype=dtype, device=device)[:, None, None]
+        return _pixels(height, width, dtype, device) * pixel - 1, pixel

@@ -39,8 +39,8 @@ def nwj(joint: Scores, product: Scores) -> Float[Tensor, ""]:
 
 def info_nce(joint: Scores, product: Scores) -> Float[Tensor, ""]:
     """How well T finds the one row of the joint among the product's, nats: at most log(B + 1) (van den Oord 2018)."""
-    rows = torch.cat([joint[:, None], product.flatten().expand(len(joint), -1)], 1)
-    return (joint - rows.logsumexp(1)).mean() + math.log(rows.shape[1])
+    all_rows = torch.logaddexp(joint, product.flatten().logsumexp(0))  # of each row of the joint and the product's
+    return (joint - all_rows).mean() + math.log(product.numel() + 1)
 
 
 def mine_objective(joint: Scores, product: Scores, log_average: Float[Tensor, ""]) -> Float[Tensor, ""]:

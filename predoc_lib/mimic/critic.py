@@ -1,6 +1,7 @@
 """The network that tells a layer's channels from the same channels shuffled, and so measures how they depend."""
 
 import itertools
+import math
 
 import torch
 from jaxtyping import Float
@@ -67,7 +68,7 @@ class Critic(nn.Module):
         kind: what the variable of a feature map is, see ``variable``.
         bound: one of ``bounds.BOUNDS``.
         spectral: normalize every layer's spectral norm to 1 (Miyato et al. 2018).
-        average: decay of the moving average that MINE's gradient is divided by; 0: the batch's own.
+        average: decay of the moving average that MINE's gradient is divided by, between 0 and 1.
 
     Raises:
         CriticError: less than two channels, an unknown kind or bound.
@@ -133,8 +134,8 @@ class Critic(nn.Module):
         if self.bound == "donsker_varadhan":
             batch = bounds.log_mean_exp(product.detach())
             if self.training:
-                new = self.average * self.log_average.exp() + (1 - self.average) * batch.exp()
-                self.log_average.copy_(new.log() if self.average else batch)
+                old, new = self.log_average + math.log(self.average), batch + math.log1p(-self.average)
+                self.log_average.copy_(torch.logaddexp(old, new))
             loss = -bounds.mine_objective(joint, product, self.log_average)
         else:
             loss = -getattr(bounds, self.bound)(joint, product)
@@ -144,10 +145,11 @@ class Critic(nn.Module):
         self, features: Float[Tensor, "B F ..."], generator: torch.Generator | None = None
     ) -> Float[Tensor, ""]:
         """Mean of (|grad T| - 1)^2 at random places on the lines between rows and shuffled rows."""
-        x = standardize(variable(features.detach(), self.kind, generator).to(self.log_average.dtype))
-        share = torch.rand(len(x), 1, generator=generator, device=x.device)
-        between = torch.lerp(x, bounds.shuffle(x, generator), share).requires_grad_()
-        (slope,) = torch.autograd.grad(self(between).sum(), between, create_graph=True)
+        with torch.autocast(features.device.type, enabled=False):
+            x = standardize(variable(features.detach(), self.kind, generator).to(self.log_average.dtype))
+            share = torch.rand(len(x), 1, generator=generator, device=x.device)
+            between = torch.lerp(x, bounds.shuffle(x, generator), share).requires_grad_()
+            (slope,) = torch.autograd.grad(self(between).sum(), between, create_graph=True)
         return (slope.norm(dim=1) - 1).square().mean()
 
 

@@ -13,8 +13,8 @@ def decorrelation(features: Float[Tensor, "B F ..."], kind: str = "pooled") -> F
     For weak correlations it is the Gaussian total correlation: -1/2 log det R is 1/4 of the sum over ordered pairs.
     """
     x = standardize(variable(features, kind))
-    off = x.T @ x / len(x) - torch.eye(x.shape[1], device=x.device)
-    return (off - off.diagonal().diag()).square().sum() / 4
+    correlation = x.T @ x / len(x)
+    return (correlation - correlation.diagonal().diag()).square().sum() / 4
 
 
 def gaussian_kl(mean: Float[Tensor, "B Z"], log_var: Float[Tensor, "B Z"]) -> Float[Tensor, ""]:

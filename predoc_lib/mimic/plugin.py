@@ -1,7 +1,7 @@
 """MiMIc as a plug-in: critics on any layers of any network (eq. 7.2)."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -56,6 +56,8 @@ class MiMIc(nn.Module):
         for name in layers:
             if name not in modules:
                 raise MiMIcError(unknown("layer", name, modules))
+        if repeated := [name for name in layers if layers.count(name) > 1]:
+            raise MiMIcError(f"Layer {repeated[0]!r} is named twice: name each once.")
         self.weight, self.gradient_penalty, self.options = weight, gradient_penalty, options
         self.critics = nn.ModuleDict()
         self.features: dict[str, Tensor] = {}
@@ -65,8 +67,12 @@ class MiMIc(nn.Module):
             modules[name].register_forward_hook(self._hook(name)) for name in layers
         ]
         if example is not None:
-            with torch.no_grad(), _evaluating(model):
-                model(example)
+            try:
+                with torch.no_grad(), _evaluating(model):
+                    model(example)
+            except BaseException:  # the model is left alone
+                self.remove()
+                raise
             self.features = {}
 
     def penalty(self, generator: torch.Generator | None = None) -> Float[Tensor, ""]:
@@ -103,7 +109,10 @@ class MiMIc(nn.Module):
         """``penalty() + critic_loss()``: what one optimizer minimizes beside the task's loss."""
         return self.penalty(generator) + self.critic_loss(generator)
 
-    def join(self, optimizer: torch.optim.Optimizer, learning_rate: float = 3e-3, steps: int = 1) -> None:
+    def join(
+        self, optimizer: torch.optim.Optimizer, learning_rate: float = 3e-3, steps: int = 1,
+        loss: Callable[[], Float[Tensor, ""]] | None = None,
+    ) -> None:  # fmt: skip
         """Give the critics to the model's optimizer, as a group of its own.
 
         Args:
@@ -111,6 +120,7 @@ class MiMIc(nn.Module):
             learning_rate: of the critics.
             steps: of the critics for one of the model. The further ones follow each ``optimizer.step``, on the features
                 of the same batch, shuffled anew; processes of ``torch.distributed`` average their gradients.
+            loss: what the critics minimize in these; None: ``critic_loss``.
 
         Raises:
             MiMIcError: the critics do not exist yet.
@@ -128,7 +138,7 @@ class MiMIc(nn.Module):
             for _ in range(steps - 1):
                 optimizer.zero_grad()  # parameters without a gradient stay where they are
                 with torch.enable_grad():
-                    self.critic_loss().backward()
+                    (loss or self.critic_loss)().backward()
                 self._average()
                 optimizer.step()
             alone = False
@@ -157,7 +167,7 @@ class MiMIc(nn.Module):
             if name not in self.critics_by_layer():
                 channels = variable(output.detach()[:2].expand(max(2, len(output[:2])), *output.shape[1:])).shape[1]
                 self.critics[_key(name)] = Critic(channels, **self.options).to(output.device)
-            self.features[name] = output
+            self.features[name] = output.clone()  # what follows may change it in place
 
         return keep
 
@@ -176,16 +186,18 @@ class MiMIc(nn.Module):
 
 
 def _key(name: str) -> str:
-    """A name that a module may have: layers' names have dots."""
-    return name.replace(".", "/")
+    """A name that a part of a ``ModuleDict`` may have: layers' names have dots, or are those of its methods."""
+    key = name.replace(".", "/")
+    return f"{key}/" if hasattr(nn.ModuleDict, key) else key
 
 
 @contextlib.contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
     """The model in evaluation mode, inside the block: a call then changes no running statistics."""
-    mode = model.training
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         yield
     finally:
-        model.train(mode)
+        for module, mode in modes.items():
+            module.training = mode

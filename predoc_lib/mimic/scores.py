@@ -58,14 +58,14 @@ def _sharpness(importance: np.ndarray) -> float:
 def sap(codes: Codes, factors: Factors) -> float:
     """Separated attribute predictability (Kumar et al. 2018): the gap between the best and the second code, alone.
 
-    A code predicts a factor as well as a line does: by the squared correlation; of a factor without order, by the
-    share of its variance as classes (the correlation ratio), which is the same for two classes. We take the larger.
-    Errors as ``mig``'s.
+    A code predicts a factor by the share of its variance that lies between the factor's values (the correlation
+    ratio): never less than the squared correlation of a line, and the same for factors without order. Errors as
+    ``mig``'s.
     """
     codes, factors = _checked(codes, factors)
     gaps = []
     for factor in factors.T:
-        known = sorted(max(_correlation(c, factor) ** 2, _ratio(c, factor)) for c in codes.T)
+        known = sorted(_ratio(c, factor) for c in codes.T)
         gaps.append(known[-1] - known[-2])
     return float(np.mean(gaps))
 
@@ -95,10 +95,6 @@ def all_scores(codes: Codes, factors: Factors) -> dict[str, float]:
     """{"mig", "disentanglement", "completeness", "informativeness", "sap", "factor_vae"}."""
     scores = {"mig": mig(codes, factors)} | dci(codes, factors)
     return scores | {"sap": sap(codes, factors), "factor_vae": factor_vae_score(codes, factors)}
-
-
-def _correlation(code: np.ndarray, factor: np.ndarray) -> float:
-    return 0.0 if code.std() < 1e-12 else float(np.corrcoef(code, factor)[0, 1])
 
 
 def _ratio(code: np.ndarray, factor: np.ndarray) -> float:

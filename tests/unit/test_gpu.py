@@ -8,7 +8,7 @@ from torch import nn
 
 from predoc_lib.cnf import CNF, divergence
 from predoc_lib.data import moving_digits
-from predoc_lib.experiments import latent_ode
+from predoc_lib.experiments import features_to_frames, flow_warp, latent_ode, mimic_dusk, segmentation, yolo_dynamics
 from predoc_lib.experiments.config import build
 from predoc_lib.flow_warp import WarpODE, fit_pair, warp
 from predoc_lib.irevnet import IRevNet
@@ -205,6 +205,13 @@ def test_an_irevnet_on_a_gpu_is_the_cpus_and_loses_nothing():
         assert_near(found, expected, atol=1e-10, rtol=0)
     assert_near(other.inverse(feature, remainder), image, atol=1e-10, rtol=0)
     assert_near(other.inverse(feature), model.inverse(feature.cpu()), atol=1e-10, rtol=0)
+
+
+@pytest.mark.filterwarnings("ignore:The model was trained")
+@pytest.mark.parametrize("module", [features_to_frames, flow_warp, mimic_dusk, segmentation, yolo_dynamics])
+def test_smoke_runs_of_the_video_experiments_finish(module):
+    record = module.run(build(module.Config, "smoke", device=GPU), progress=False)
+    assert record["device"] == torch.cuda.get_device_name()
 
 
 def test_a_run_on_a_gpu_is_measured_the_same_on_the_cpu(tmp_path):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 from predoc_lib.irevnet import IResNet, IRevNet, ResidualBlock, gather, levels_for, scatter
 
@@ -26,7 +27,11 @@ def test_the_inverse_gives_the_image_back(blocks, channels, norm, dtype, most):
     feature, remainder = model(image)
     assert feature.shape == (2, channels, 2, 3)
     assert (model.inverse(feature, remainder) - image).abs().max() < most
-    assert (feature - image[:, :, :2, :3]).abs().max() > 0.01, "it does something"
+    for block in model.blocks:
+        nn.init.zeros_(block.net[-1].weight)
+        if block.net[-1].bias is not None:
+            nn.init.zeros_(block.net[-1].bias)
+    assert (torch.cat([feature, remainder], 1) - torch.cat(model(image), 1)).abs().max() > 0.01, "F does something"
 
 
 def test_the_forward_pass_gives_feature_and_remainder_back():
@@ -79,6 +84,8 @@ def test_the_depth_that_reaches_a_grid_is_found_and_others_are_refused():
     assert levels_for((3, 320, 320), [(96, 10, 10), (120, 20, 20)]) == 4
     with pytest.raises(ValueError, match="No depth takes an image of 96 x 160 to features of 7 x 10; it can reach 2"):
         levels_for((3, 96, 160), [(96, 7, 10)])
+    with pytest.raises(ValueError, match="Heads of 9 x 15 and 6 x 10 cells cannot be joined"):
+        levels_for((3, 96, 160), [(9, 6, 10), (4, 9, 15)])
     with pytest.raises(ValueError, match="cannot be larger"):
         levels_for((3, 96, 160), [(1024, 6, 10)])
 
@@ -87,6 +94,16 @@ def test_the_depth_that_reaches_a_grid_is_found_and_others_are_refused():
 def test_images_that_do_not_divide_are_refused(size):
     with pytest.raises(ValueError, match="must have 3 channels and sides that divide by 8"):
         IRevNet(blocks=(1, 1))(torch.rand(size))
+
+
+def test_an_invertible_residual_network_refuses_the_same():
+    model = IResNet(3, (1, 1), 10, (4, 4))
+    with pytest.raises(ValueError, match="must have 3 channels and sides that divide by 8"):
+        model(torch.rand(1, 3, 20, 16))
+    with pytest.raises(ValueError, match="must have 10 and 182 channels on the same grid"):
+        model.inverse(torch.rand(1, 9, 2, 2))
+    with pytest.raises(ValueError, match="a feature of 1 to 48 channels"):
+        IResNet(3, (1,), 49, (4,))
 
 
 @pytest.mark.parametrize(

@@ -161,20 +161,93 @@ def test_three_lines_attach_it_to_a_residual_network():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     images, labels = torch.randn(8, 3, 32, 32), torch.randint(10, (8,))
     before = {name: value.clone() for name, value in model.state_dict().items()}
+    model.bn1.eval()
 
     mimic = MiMIc(model, layers=["layer1.0", "avgpool"], weight=0.1, example=images)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items()), "running means too"
+    assert model.layer1.training
+    assert not model.bn1.training
     mimic.join(optimizer)
     loss = nn.functional.cross_entropy(model(images), labels) + mimic.loss()
 
-    assert all(
-        torch.equal(before[n], v) for n, v in model.state_dict().items() if "running" not in n and "num_" not in n
-    )
     weights = [critic.layers[0].weight.clone() for critic in mimic.critics.values()]
     assert [w.shape[1] for w in weights] == [64, 512]
     loss.backward()
     optimizer.step()
     assert all(not torch.equal(w, c.layers[0].weight) for w, c in zip(weights, mimic.critics.values(), strict=True))
     assert set(before) == set(model.state_dict()), "nothing is added to the model"
+
+
+def test_what_follows_a_layer_in_place_does_not_change_what_is_seen():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(inplace=True))
+    mimic = MiMIc(model, ["0"], example=torch.randn(2, 4))
+    x = torch.randn(32, 4)
+    model(x)
+    assert torch.equal(mimic.features["0"], model[0](x))
+    assert mimic.features["0"].min() < 0
+
+
+def test_a_plug_in_that_failed_leaves_the_model_as_it_was():
+    model = nn.Sequential(nn.Linear(4, 3), Pair())
+    with pytest.raises(MiMIcError, match="returns a tuple"):
+        MiMIc(model, ["1"], example=torch.randn(2, 4))
+    MiMIc(model, ["0"], example=torch.randn(2, 4))
+    assert not model[1]._forward_hooks
+    with pytest.raises(MiMIcError, match="'0' is named twice"):
+        MiMIc(model, ["0", "0"])
+
+
+def test_a_layer_may_have_the_name_of_a_method_of_dictionaries():
+    model = nn.Sequential()
+    model.add_module("values", nn.Linear(4, 3))
+    mimic = MiMIc(model, ["values"], example=torch.randn(2, 4))
+    model(torch.randn(8, 4))
+    assert mimic.loss().isfinite()
+
+
+def test_the_moving_average_survives_scores_whose_exponentials_do_not():
+    torch.manual_seed(0)
+    critic, x = Critic(3, average=0.5), torch.randn(64, 3)
+    nn.init.constant_(critic.layers[-1].bias, 200.0)
+    critic.loss(x)
+    assert critic.log_average.item() == pytest.approx(200 - math.log(2), abs=0.5)
+    nn.init.zeros_(critic.layers[-1].bias)
+    for _ in range(400):
+        critic.loss(x)
+    assert critic.log_average.item() == pytest.approx(0, abs=0.5)
+
+
+def test_info_nce_is_its_definition_and_needs_no_square_of_rows():
+    torch.manual_seed(0)
+    joint, product = torch.randn(2, 7)
+    shares = [j - torch.cat([j[None], product]).logsumexp(0) for j in joint]
+    assert bounds.info_nce(joint, product).item() == pytest.approx((sum(shares) / 7 + math.log(8)).item(), rel=1e-6)
+    assert bounds.info_nce(torch.zeros(10**6), torch.zeros(10**6)).item() == pytest.approx(0, abs=1e-4)
+
+
+def one_of_two(rank, file, kept):
+    """A process with data of its own: the critics of both must end alike."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 3))
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.0)
+    mimic = MiMIc(net, ["0"], example=torch.randn(2, 4))
+    mimic.join(optimizer, 1e-2, steps=4)
+    torch.manual_seed(rank + 1)
+    net(torch.randn(64, 4))
+    mimic.critic_loss().backward()
+    mimic._average()  # as data-parallel training does for the first step
+    optimizer.step()
+    torch.save(mimic.critics["0"].state_dict()["layers.0.weight"], kept / str(rank))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_critics_of_processes_with_other_data_stay_alike(tmp_path):
+    torch.multiprocessing.spawn(one_of_two, (tmp_path / "meeting", tmp_path), nprocs=2)
+    weights = [torch.load(tmp_path / str(rank), weights_only=True) for rank in (0, 1)]
+    torch.testing.assert_close(*weights, rtol=0, atol=1e-7)
 
 
 def test_further_steps_move_the_critics_alone():

@@ -102,6 +102,9 @@ def test_a_single_frame_and_times_in_disorder_are_refused(model, frames):
         model.predict(frames[:, :1], T[:1], torch.tensor([1.0]))
     with pytest.raises(ValueError, match="must increase"):
         model.flow(frames, torch.tensor([0.0, 2.0, 1.0]), 0.0, 1.0)
+    wide = torch.zeros(1, 3, 3, 48, 60)
+    with pytest.raises(ValueError, match="multiples of 8 pixels, got 48 x 60"):
+        model.predict(wide, T, torch.tensor([1.0]))
     with pytest.raises(ValueError, match="multiples of 8 pixels, got 44 x 64"):
         model.predict(frames[..., :44, :], T, torch.tensor([1.0]))
     with pytest.raises(ValueError, match="width and steps of at least 1"):
