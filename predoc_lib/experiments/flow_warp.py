@@ -47,7 +47,7 @@ class Config(TrainingConfig):
     residual: bool = option(True, "correct frames after the context's, for new content (the report: no)")
     census_weight: float = option(0.1, "of the census in the photometric loss", low=0)
     smoothness: float = option(0.01, "weight of the edge-aware smoothness", low=0)
-    slowness: float = option(0.03, "weight of the prior for slow velocities at the end; it grows from 0", low=0)
+    slowness: float = option(0.03, "weight of the prior for slow velocities, in the second half of the steps", low=0)
     n_train: int = option(500, "drives that are drawn, each also mirrored", low=1)
     n_test: int = option(60, "unseen drives", low=1)
 
@@ -195,8 +195,9 @@ def loss_of(model: WarpODE, clips: Float[Tensor, "B T C H W"], rows: Rows, confi
     parts["smoothness"] = edge_aware_smoothness(velocity, frames[:, -1])
     parts["slowness"] = slowness(velocity)
     total = parts["photometric"] + parts["coarse"]
-    share = rows.step / config.steps  # at first all is slow, and what moves must be found before it is held
-    total = total + config.smoothness * parts["smoothness"] + share * config.slowness * parts["slowness"]
+    total = total + config.smoothness * parts["smoothness"]
+    if 2 * rows.step > config.steps:  # what moves must be found before the rest is held
+        total = total + config.slowness * parts["slowness"]
     return {"loss": total} | parts
 
 

@@ -1,0 +1,60 @@
+"""The figures that were asked for and reached stay reached: whoever records a run anew meets them again."""
+
+import numpy as np
+import pytest
+
+from predoc_lib import results
+
+
+def metrics(experiment, name):
+    return results.load(results.RESULTS / experiment / name)["metrics"]
+
+
+def test_predicted_features_cost_the_reports_network_6_db_its_remainder_being_treated_alike():
+    frames = metrics("features_to_frames", "road-irevnet")["frames"]
+    assert frames["own"]["last"]["psnr"] - frames["predicted +3"]["last"]["psnr"] >= 6
+
+
+def test_a_decoder_that_sees_the_last_frame_beats_the_i_revnet_by_6_db_and_copy_last_by_1():
+    made = metrics("features_to_frames", "road-last")["frames"]["predicted +3"]
+    report = metrics("features_to_frames", "road-irevnet")["frames"]["predicted +3"]
+    assert made["made"]["psnr"] - max(report[row]["psnr"] for row in ("last", "zero")) >= 6
+    assert made["made"]["psnr"] - made["copy-last"]["psnr"] >= 1
+
+
+@pytest.mark.parametrize("pair", ["RubberWhale", "motorcycle"])
+def test_fitted_flows_are_nearer_than_farnebacks_and_dis(pair):
+    found = metrics("flow_warp", "pairs")[pair]
+    assert found["fitted"]["known"] < min(found["farneback"]["known"], found["dis"]["known"])
+    if pair == "RubberWhale":
+        assert found["fitted"]["known"] <= 0.20
+
+
+def test_the_velocity_field_is_above_copy_last_by_3_db_and_the_cross_fade_by_2():
+    found = metrics("flow_warp", "road-seed0")["psnr"]
+    assert found["3"]["ode"] - found["3"]["copy-last"] >= 3
+    for half_way in ("0.5", "1.5"):
+        assert found[half_way]["ode"] - found[half_way]["cross-fade"] >= 2
+
+
+@pytest.mark.parametrize("flow", ["seen", "next"])
+def test_the_velocity_fields_error_is_at_most_a_quarter_of_zero_flows(flow):
+    error = metrics("flow_warp", "road-seed0")["error"][flow]
+    assert error["ode"] <= 0.25 * error["zero"]
+
+
+def test_critics_halve_the_digits_dependence_and_keep_rank_and_accuracy():
+    def mean(way, *path):
+        values = []
+        for seed in (0, 1, 2):
+            value = metrics("mimic", f"digits-{way}-seed{seed}")
+            for key in path:
+                value = value[key]
+            values.append(value)
+        return np.mean(values)
+
+    for measure in ("copula", "neighbours"):
+        plain, paid = (mean(way, "penultimate", measure) for way in ("none", "penultimate"))
+        assert paid <= 0.5 * plain
+    assert mean("penultimate", "penultimate", "rank") >= 0.9 * mean("none", "penultimate", "rank")
+    assert mean("penultimate", "accuracy") >= mean("none", "accuracy") - 0.01
