@@ -35,7 +35,7 @@ KEEP = {  # runs whose weights a chapter loads
     "flow_warp": ("road-seed0",),
     "features_to_frames": ("road-irevnet", "road-irevnet-pixels", "road-plain", "road-last"),
     "segmentation": ("road",),
-    "mimic": ("digits-none-seed0", "digits-first-seed0"),
+    "mimic": ("digits-none-seed0", "digits-first-seed0", "cifar10_subset-none-seed0", "cifar10_subset-first-seed0"),
 }
 FILES = {"yolo_detector": ("detector.cfg", "detector.weights")}  # in place of weights
 
