@@ -37,7 +37,7 @@ SEEN = {"own": 3.0, "true": 3.0, "predicted +1": 1.0, "predicted +3": 3.0, "pred
 class Config(TrainingConfig):
     """What a run of this experiment is made of."""
 
-    steps: int = option(1500, "optimizer steps", low=1)
+    steps: int = option(750, "optimizer steps", low=1)
     batch_size: int = option(4, "clips a step, of six frames each", low=1)
     learning_rate: float = option(2e-3, "the highest, of Adam with warm-up and cosine decay", low=1e-8)
     clip: float = option(1.0, "longest gradient, a longer one is scaled down; 0: none is", low=0)
