@@ -147,7 +147,7 @@ def test_recorded_weights_are_better_than_what_costs_nothing():
     for t, rival in (("0.5", "cross-fade"), ("1.5", "cross-fade"), ("3", "copy-last"), ("5", "copy-last")):
         assert found["psnr"][t]["ode"] > found["psnr"][t][rival] + 1
     for row in found["error"].values():
-        assert row["ode"] < 0.5 * row["zero"]
+        assert row["ode"] < 0.4 * row["zero"]
 
 
 @pytest.mark.slow
