@@ -38,8 +38,8 @@ def test_the_velocity_field_is_above_copy_last_by_3_db_and_the_cross_fade_by_2()
 
 
 @pytest.mark.parametrize("flow", ["seen", "next"])
-def test_the_price_on_speed_brings_the_velocity_fields_error_below_three_tenths_of_zero_flows(flow):
-    """A quarter was asked for, and the page says that it is missed."""
+def test_the_velocity_fields_error_is_below_three_tenths_of_zero_flows_and_the_earlier_runs_above(flow):
+    """A quarter was asked for, and the page says that it is missed. The free run had fewer steps."""
     paid, free = (metrics("flow_warp", f"road-{name}")["error"][flow] for name in ("seed0", "free"))
     assert paid["ode"] <= 0.3 * paid["zero"] < free["ode"]
 
