@@ -176,7 +176,7 @@ def yolo_dynamics() -> dict[str, dict]:
 
 def flow_warp() -> dict[str, dict]:
     """The same: a velocity field on the drawn road. Errors of fitted flows are recorded by benchmarks/flow_warp.py."""
-    return {"road-seed0": {}, "road-free": {"slowness": 0.0, "steps": 1500}}
+    return {"road-seed0": {}, "road-free": {"slowness": 0.0}}
 
 
 def features_to_frames() -> dict[str, dict]:

@@ -46,8 +46,8 @@ class Config(TrainingConfig):
     method: str = option("midpoint", "of the solver (the report: euler)", choices=("euler", "midpoint", "heun", "rk4"))
     residual: bool = option(True, "correct frames after the context's, for new content (the report: no)")
     census_weight: float = option(0.1, "of the census in the photometric loss", low=0)
-    smoothness: float = option(0.01, "weight of the edge-aware smoothness", low=0)
-    slowness: float = option(0.03, "weight of the prior for slow velocities, in the second half of the steps", low=0)
+    smoothness: float = option(0.1, "weight of the edge-aware smoothness", low=0)
+    slowness: float = option(0.06, "weight of the prior for slow velocities, in the last third of the steps", low=0)
     n_train: int = option(500, "drives that are drawn, each also mirrored", low=1)
     n_test: int = option(60, "unseen drives", low=1)
 
@@ -178,25 +178,27 @@ def loss_of(model: WarpODE, clips: Float[Tensor, "B T C H W"], rows: Rows, confi
     parts = {"photometric": clips.new_zeros(())}
     for i in asked:
         made = model.render(frames, times, fine, (i - last) / stride)
-        parts["photometric"] = parts["photometric"] + photometric(made, clips[:, i], config.census_weight) / len(asked)
+        unlike = photometric(made, clips[:, i], config.census_weight, halvings=len(levels))
+        parts["photometric"] = parts["photometric"] + unlike / len(asked)
     # The last frame from the one before: both are seen, and the coarse levels learn from it, and from the next one.
     coarse = clips.new_zeros(())
     nearest = last + stride
-    for level in levels:
+    for finer, level in enumerate(levels):
         small = level.shape[-2:]
         k = size[0] // small[0]
         pictures = {i: F.avg_pool2d(clips[:, i], k) for i in (seen[-2], last, nearest)}
         field = level[:, :, :2] / k
         for source, target, s0, s1 in ((seen[-2], last, -1.0, 0.0), (last, nearest, 0.0, 1.0)):
             made = warp(pictures[source], model.displacement(field, s1, s0))
-            coarse = coarse + photometric(made, pictures[target], config.census_weight) / (2 * len(levels))
+            unlike = photometric(made, pictures[target], config.census_weight, halvings=finer)
+            coarse = coarse + unlike / (2 * len(levels))
     parts["coarse"] = coarse
     velocity = model.velocity(fine, 0.0)[:, :2]
     parts["smoothness"] = edge_aware_smoothness(velocity, frames[:, -1])
     parts["slowness"] = slowness(velocity)
     total = parts["photometric"] + parts["coarse"]
     total = total + config.smoothness * parts["smoothness"]
-    if 2 * rows.step > config.steps:  # what moves must be found before the rest is held
+    if 3 * rows.step > 2 * config.steps:  # what moves must be found before the rest is held
         total = total + config.slowness * parts["slowness"]
     return {"loss": total} | parts
 

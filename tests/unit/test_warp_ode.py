@@ -131,11 +131,37 @@ def test_census_does_not_mind_more_light():
     assert census(image).shape == (1, 8, 12, 12)
 
 
-def test_a_level_field_is_smooth_and_a_step_costs_less_at_an_edge():
+def test_a_shift_in_textures_that_noise_hides_tells_when_differences_are_averaged():
+    generator = torch.Generator().manual_seed(0)
+    noise = 0.012 * torch.randn(2, 8, 3, 32, 32, generator=generator)
+    wave = 0.01 * torch.sin(torch.arange(32.0) * 2 * torch.pi / 32)
+    still, moved = wave + noise[0], wave.roll(4) + noise[1]
+
+    def ratio(halvings: int) -> float:
+        """Of what a shift adds to what noise alone costs."""
+        alone = photometric(still, wave + noise[1], 0.0, halvings)
+        return (photometric(still, moved, 0.0, halvings) / alone - 1).item()
+
+    assert ratio(3) > 2 * ratio(0) > 0
+    assert photometric(still, still, 1.0, 3) == 0
+
+
+def test_each_halving_adds_the_difference_of_smaller_images_and_its_scale():
+    a, b = torch.rand(2, 2, 3, 16, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for k in (1, 2, 3):
+        small = (a - b).reshape(2, 3, 16 // 2**k, 2**k, 24 // 2**k, 2**k).mean((3, 5))
+        epsilon = 1e-2 / 2**k
+        added = ((small**2 + epsilon**2).sqrt() - epsilon).mean()
+        torch.testing.assert_close(photometric(a, b, 0.1, k) - photometric(a, b, 0.1, k - 1), added)
+
+
+def test_a_level_field_and_a_ramp_are_smooth_and_a_step_costs_less_at_an_edge():
     level = torch.ones(1, 2, 16, 16)
     flat, edge = torch.zeros(1, 3, 16, 16), torch.zeros(1, 3, 16, 16)
     edge[..., 8:] = 1
     assert edge_aware_smoothness(level, flat) < 1e-6
+    ramp = (torch.arange(16.0)[:, None] + 2 * torch.arange(16.0)).expand(1, 2, 16, 16)
+    assert edge_aware_smoothness(ramp, flat) < 1e-6 < edge_aware_smoothness(ramp.square(), flat)
     step = torch.zeros(1, 2, 16, 16)
     step[..., 8:] = 1
     assert edge_aware_smoothness(step, edge) < 0.1 * edge_aware_smoothness(step, flat)
