@@ -38,10 +38,9 @@ def test_the_velocity_field_is_above_copy_last_by_3_db_and_the_cross_fade_by_2()
 
 
 @pytest.mark.parametrize("flow", ["seen", "next"])
-def test_the_velocity_fields_error_is_below_three_tenths_of_zero_flows_and_the_earlier_runs_above(flow):
-    """A quarter was asked for, and the page says that it is missed. The free run had fewer steps."""
+def test_the_velocity_fields_error_is_at_most_a_quarter_of_zero_flows_and_without_the_price_on_speed_it_is_more(flow):
     paid, free = (metrics("flow_warp", f"road-{name}")["error"][flow] for name in ("seed0", "free"))
-    assert paid["ode"] <= 0.3 * paid["zero"] < free["ode"]
+    assert paid["ode"] <= 0.25 * paid["zero"] < free["ode"]
 
 
 def test_critics_halve_the_digits_dependence_and_keep_rank_and_accuracy():
