@@ -169,6 +169,11 @@ def yolo_dynamics() -> dict[str, dict]:
         if "gru-seed" in name:
             runs[name] |= {"moves": False}
     runs = {name: run | {"steps": 2000} for name, run in runs.items()}
+    more = {"n_train": 2000, "steps": 3000, "balanced": True}
+    runs["road-ode-steady-seed0"] = more | {"kinetic": 2.0}
+    runs["road-gru-steady-seed0"] = more | {"kinetic": 2.0, "dynamics": "gru", "moves": False}
+    runs["road-ode-steady-seed1"] = more | {"kinetic": 2.0, "seed": 1}
+    runs["road-ode-steady-seed2"] = more | {"kinetic": 2.0, "seed": 2}
     real = {"video": "driving/solidWhiteRight.mp4", "detector": "yolo/yolo-fastest-1.1.cfg", "steps": 500}
     runs |= {"highway-ode": real, "highway-gru": real | {"dynamics": "gru", "moves": False}}
     return runs

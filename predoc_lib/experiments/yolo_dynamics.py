@@ -58,6 +58,8 @@ class Config(TrainingConfig):
     moves: bool = option(True, "the last features are moved before they are corrected (the report: no)")
     width: int = option(48, "channels of the state", low=1)
     heads_weight: float = option(0.5, "weight of the loss of what the heads find (the report: 0)", low=0)
+    balanced: bool = option(False, "every class has the same say in that loss, else every object has")
+    kinetic: float = option(0.0, "weight of the state's kinetic energy, eq. 6.17 (the report: 0)", low=0)
     gradient_weight: float = option(0.0, "weight of the gradient difference (the report: 0)", low=0)
     horizon: int = option(TRAINED, "frames trained to predict (the report: 3)", low=1)
     labels_above: float = option(0.3, "confidence of the detector's own boxes that count as labels", low=0)
@@ -166,15 +168,19 @@ def run(config: Config, folder: Path | None = None, progress: bool | None = None
         context, future = [x[:, :CONTEXT] for x in features], [x[:, CONTEXT:] for x in features]
         parts, total = {}, 0.0
         if config.dynamics == "random":
-            guess, parts["kl"] = model.guided(features, t, CONTEXT)
+            guess, parts["kl"], energy = model.guided(features, t, CONTEXT)
             total = config.kl_weight * parts["kl"]
         else:
-            guess = model.predict(context, t[:CONTEXT], t[CONTEXT:])
+            guess, energy = model.predict_with_energy(context, t[:CONTEXT], t[CONTEXT:])
         parts[config.likelihood] = LIKELIHOODS[config.likelihood](guess, future, model.scales)
         total = total + parts[config.likelihood]
         if config.heads_weight:
-            parts["heads"] = heads_loss(network, *([x.flatten(0, 1) for x in y] for y in (guess, future)))["loss"]
+            flat = ([x.flatten(0, 1) for x in y] for y in (guess, future))
+            parts["heads"] = heads_loss(network, *flat, config.balanced)["loss"]
             total = total + config.heads_weight * parts["heads"]
+        if config.kinetic:
+            parts["energy"] = energy
+            total = total + config.kinetic * energy
         if config.gradient_weight:
             total = total + config.gradient_weight * gradient_difference(guess, future, model.scales)
         return {"loss": total} | parts

@@ -11,7 +11,7 @@ import abc
 from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -204,6 +204,12 @@ class FeatureModel(nn.Module, abc.ABC):
         Raises:
             ValueError: features of another network, times that do not increase, or lie before the context's end.
         """
+        return self.predict_with_energy(features, t, t_query)[0]
+
+    def predict_with_energy(
+        self, features: Features, t: Float[Tensor, " T"], t_query: Float[Tensor, " Q"]
+    ) -> tuple[Features, Float[Tensor, ""]]:
+        """``predict``, and the ``kinetic_energy`` of the state h on its way."""
         self._check(features, t, t_query)
         units = self.units(features)
         return self.ahead(self.encode(units, t), [x[:, -1] for x in units], t_query - t[-1])
@@ -211,8 +217,12 @@ class FeatureModel(nn.Module, abc.ABC):
     @abc.abstractmethod
     def ahead(
         self, h: Float[Tensor, "B W h w"], units: list[Float[Tensor, "B _ _ _"]], ahead: Float[Tensor, " Q"]
-    ) -> Features:
-        """Features so many frames ahead of the context's end, where the state is h and the features are these."""
+    ) -> tuple[Features, Float[Tensor, ""]]:
+        """What is so many frames ahead of the context's end, where the state is h and the features are these.
+
+        Returns:
+            The features, and the ``kinetic_energy`` of h on its way to the last of them.
+        """
 
     def _check(self, features: Features, t: Tensor, t_query: Tensor) -> None:
         wanted = [(len(t), *shape) for shape in self.shapes]
@@ -228,6 +238,17 @@ class FeatureModel(nn.Module, abc.ABC):
             )
 
 
+def kinetic_energy(h: Float[Tensor, "Q _ _ _ _"], t: Shaped[Tensor, " Q"]) -> Float[Tensor, ""]:
+    """The mean over time of |dh/dt|^2, of each number in the state (eq. 6.17), from the states h at the times t.
+
+    Between two times the state is taken to go straight, and no way is shorter. One time: 0.
+    """
+    if len(t) < 2:
+        return h.new_zeros(())
+    squared = h.diff(dim=0).square().mean((1, 2, 3, 4))
+    return (squared / t.diff()).sum() / (t[-1] - t[0])
+
+
 class FeatureODE(FeatureModel):
     """Between and beyond the frames the state follows the Neural ODE; ``step_size``, in frames, is the solver's."""
 
@@ -237,10 +258,11 @@ class FeatureODE(FeatureModel):
 
     def ahead(
         self, h: Float[Tensor, "B W h w"], units: list[Float[Tensor, "B _ _ _"]], ahead: Float[Tensor, " Q"]
-    ) -> Features:
+    ) -> tuple[Features, Float[Tensor, ""]]:
         """See ``FeatureModel``."""
         times = ahead if ahead[0] == 0 else torch.cat([ahead.new_zeros(1), ahead])
-        return self.decode(self.ode(self.start(h), times)[len(times) - len(ahead) :], units)
+        z = self.ode(self.start(h), times)
+        return self.decode(z[len(times) - len(ahead) :], units), kinetic_energy(z[:, :, : self.width], times)
 
 
 class FeatureGRU(FeatureModel):
@@ -256,7 +278,7 @@ class FeatureGRU(FeatureModel):
 
     def ahead(
         self, h: Float[Tensor, "B W h w"], units: list[Float[Tensor, "B _ _ _"]], ahead: Float[Tensor, " Q"]
-    ) -> Features:
+    ) -> tuple[Features, Float[Tensor, ""]]:
         """See ``FeatureModel``."""
         z, states = self.start(h), []
         for _ in range(int(ahead[-1].ceil()) + 1):
@@ -264,10 +286,12 @@ class FeatureGRU(FeatureModel):
             h, s = z[:, : self.width], z[:, self.width :]
             h = self.step(h[:, :0], h)
             z = torch.cat([h, s + self.velocity(h) if self.moves else s], 1)
+        whole = torch.stack(states)
+        energy = kinetic_energy(whole[:, :, : self.width], torch.arange(len(whole), device=h.device))
         # Only the frames that are asked for, or lie beside a time that is, need decoding.
         low, high = ahead.floor().long(), ahead.ceil().long()
         needed, place = torch.unique(torch.cat([low, high]), return_inverse=True)
-        whole = self.decode(torch.stack([states[i] for i in needed.tolist()]), units)
+        decoded = self.decode(whole[needed], units)
         share = (ahead - low)[:, None, None, None]
         before, after = place.chunk(2)
-        return [(1 - share) * y[:, before] + share * y[:, after] for y in whole]
+        return [(1 - share) * y[:, before] + share * y[:, after] for y in decoded], energy

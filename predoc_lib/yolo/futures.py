@@ -32,7 +32,9 @@ class RandomFeatureODE(FeatureODE):
         mean, log_std = parameters.chunk(2, 1)
         return Normal(mean, (5 * (log_std / 5).tanh()).exp())
 
-    def predict(self, features: Features, t: Float[Tensor, " T"], t_query: Float[Tensor, " Q"]) -> Features:
+    def predict_with_energy(
+        self, features: Features, t: Float[Tensor, " T"], t_query: Float[Tensor, " Q"]
+    ) -> tuple[Features, Float[Tensor, ""]]:
         """See ``FeatureModel``: the future of the prior's mean."""
         self._check(features, t, t_query)
         units = self.units(features)
@@ -47,10 +49,12 @@ class RandomFeatureODE(FeatureODE):
         units = self.units(features)
         h = self.encode(units, t)
         prior, last = self.normal(self.prior(h)), [x[:, -1] for x in units]
-        return [self.ahead(h + self.inject(prior.sample()), last, t_query - t[-1]) for _ in range(n)]
+        return [self.ahead(h + self.inject(prior.sample()), last, t_query - t[-1])[0] for _ in range(n)]
 
-    def guided(self, features: Features, t: Float[Tensor, " T"], n_context: int) -> tuple[Features, Float[Tensor, ""]]:
-        """The future that a draw from the posterior gives, and the mean KL divergence of a clip, in nats.
+    def guided(
+        self, features: Features, t: Float[Tensor, " T"], n_context: int
+    ) -> tuple[Features, Float[Tensor, ""], Float[Tensor, ""]]:
+        """The future that a draw from the posterior gives, a clip's mean KL divergence in nats, and the kinetic energy.
 
         Args:
             features: of context and future.
@@ -62,5 +66,5 @@ class RandomFeatureODE(FeatureODE):
         prior = self.normal(self.prior(h))
         posterior = self.normal(self.posterior(torch.cat([h, self.encode(units, t)], 1)))
         last = [x[:, n_context - 1] for x in units]
-        guess = self.ahead(h + self.inject(posterior.rsample()), last, t[n_context:] - t[n_context - 1])
-        return guess, kl_divergence(posterior, prior).sum((1, 2, 3)).mean()
+        guess, energy = self.ahead(h + self.inject(posterior.rsample()), last, t[n_context:] - t[n_context - 1])
+        return guess, kl_divergence(posterior, prior).sum((1, 2, 3)).mean(), energy

@@ -1,5 +1,6 @@
 """What predicted features are trained with: their own error, and what the detector's heads make of them."""
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
@@ -7,9 +8,11 @@ from torchvision.ops import box_convert, complete_box_iou_loss
 
 from predoc_lib.yolo.darknet import Darknet
 from predoc_lib.yolo.dynamics import Features
+from predoc_lib.yolo.layers import Yolo
 
 BOX = 5.0  # weight of the boxes in the loss of the heads, as in ``detection_loss``
 FLOOR = 1e-6  # of a variance: no channel is known better
+TINY = 1e-12  # keeps a quotient defined where nothing is
 SOME = 0.02  # objectness of cells whose boxes are compared
 
 
@@ -43,7 +46,10 @@ def gradient_difference(predicted: Features, true: Features, scales: list[Tensor
 
 
 def heads_loss(
-    network: Darknet, predicted: list[Float[Tensor, "B _ _ _"]], true: list[Float[Tensor, "B _ _ _"]]
+    network: Darknet,
+    predicted: list[Float[Tensor, "B _ _ _"]],
+    true: list[Float[Tensor, "B _ _ _"]],
+    balanced: bool = False,
 ) -> dict[str, Tensor]:
     """How far what the heads find in predicted features is from what they find in the true ones.
 
@@ -55,26 +61,43 @@ def heads_loss(
         network: whose heads they are.
         predicted: features of each head.
         true: the same.
+        balanced: every class has the same say, as it has in mAP, so that what is rare counts for more; else every
+            object has.
 
     Returns:
         {"loss": 5 box + object + kind, and the three of them}, each a sum over cells and anchors divided by the
         number of objects in the true features (the sum of the objectness) and one.
     """
-    parts = dict.fromkeys(("box", "object", "kind"), predicted[0].new_zeros(()))
-    things = 1.0
     yolos = [network.layers[at + 1] for at in network.heads_at]
-    for yolo, x, y in zip(yolos, network.logits(predicted), network.logits(true), strict=True):
+    heads = list(zip(yolos, network.logits(predicted), network.logits(true), strict=True))
+    things = [thing_kinds(yolo, y) for yolo, _, y in heads]
+    counts = sum(thing.flatten(0, -2).sum(0) for thing in things)
+    weights = class_weights(counts) if balanced else torch.ones_like(counts)
+    parts = dict.fromkeys(("box", "object", "kind"), predicted[0].new_zeros(()))
+    for (yolo, x, y), thing in zip(heads, things, strict=True):
         found, there = (box_convert(yolo(z)[..., :4], "cxcywh", "xyxy") for z in (x, y))
         x, y = yolo.split(x), yolo.split(y)
-        thing = y[..., 4].sigmoid()
+        weight, thing = thing @ weights, thing.sum(-1)
         some = thing.flatten(1) > SOME
         overlap = complete_box_iou_loss(found[some], there[some], reduction="none")
-        parts["box"] = parts["box"] + (thing.flatten(1)[some] * overlap).sum()
-        parts["object"] = parts["object"] + divergence(x[..., 4], y[..., 4]).sum()
-        parts["kind"] = parts["kind"] + (thing[..., None] * divergence(x[..., 5:], y[..., 5:])).sum()
-        things = things + thing.sum()
-    parts = {name: part / things for name, part in parts.items()}
+        parts["box"] = parts["box"] + (weight.flatten(1)[some] * overlap).sum()
+        parts["object"] = parts["object"] + ((1 - thing + weight) * divergence(x[..., 4], y[..., 4])).sum()
+        parts["kind"] = parts["kind"] + (weight[..., None] * divergence(x[..., 5:], y[..., 5:])).sum()
+    parts = {name: part / (1 + counts.sum()) for name, part in parts.items()}
     return {"loss": BOX * parts["box"] + parts["object"] + parts["kind"]} | parts
+
+
+def thing_kinds(yolo: Yolo, logits: Float[Tensor, "B _ _ _"]) -> Float[Tensor, "B h w A K"]:
+    """The objectness of every cell and anchor, shared among the classes by their probabilities."""
+    values = yolo.split(logits).sigmoid()
+    kinds = values[..., 5:]
+    return values[..., 4:5] * kinds / kinds.sum(-1, keepdim=True).clamp(min=TINY)
+
+
+def class_weights(counts: Float[Tensor, " K"]) -> Float[Tensor, " K"]:
+    """What an object of each class counts: all classes that are there the same in all, an object 1 in the mean."""
+    share = 1 / (counts + 1)
+    return share * counts.sum() / (share * counts).sum().clamp(min=TINY)
 
 
 def divergence(x: Float[Tensor, "*any"], y: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:

@@ -4,7 +4,15 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from predoc_lib.yolo.dynamics import ConvGRUCell, CopyLast, Extrapolation, FeatureGRU, FeatureODE, Field
+from predoc_lib.yolo.dynamics import (
+    ConvGRUCell,
+    CopyLast,
+    Extrapolation,
+    FeatureGRU,
+    FeatureODE,
+    Field,
+    kinetic_energy,
+)
 from predoc_lib.yolo.motion import FIRM
 
 SHAPES = [(5, 2, 3), (4, 4, 6)]
@@ -52,6 +60,30 @@ def test_a_changed_model_is_not(kind, moves):
     x, query = features(), times(3.0)
     found = trained(kind, moves).predict(x, SEEN, query)
     assert min((a - b).abs().max() for a, b in zip(found, CopyLast().predict(x, SEEN, query), strict=True)) > 0.01
+
+
+def test_the_energy_of_a_straight_way_is_its_speed_squared_at_any_times_and_a_detour_costs_more():
+    t = times(0.0, 0.5, 2.0, 3.0)
+    start, speed = torch.randn(2, 2, 6, 4, 6, dtype=torch.float64)
+    straight = start + t[:, None, None, None, None] * speed
+    torch.testing.assert_close(kinetic_energy(straight, t), speed.square().mean())
+    detour = straight.clone()
+    detour[1] += 1
+    assert kinetic_energy(detour, t) > kinetic_energy(straight, t)
+    assert kinetic_energy(straight[:1], t[:1]) == 0
+
+
+@models
+def test_the_energy_is_that_of_the_way_from_the_contexts_end(kind, moves):
+    """An ODE that is asked more often knows its way better, and a straight line is the shortest of all."""
+    model, x = trained(kind, moves), features()
+    every, last = times(2.0, 3.0, 4.0, 5.0), times(5.0)
+    found, energy = model.predict_with_energy(x, SEEN, every)
+    close(found, model.predict(x, SEEN, every))
+    start, far = (model.predict_with_energy(x, SEEN, t)[1] for t in (times(2.0), last))
+    assert 0 == start < far <= energy + 1e-12
+    if kind is FeatureGRU:  # it steps from frame to frame, whatever is asked
+        torch.testing.assert_close(far, energy)
 
 
 def test_extrapolation_goes_on_along_the_line_of_the_last_two():

@@ -7,7 +7,16 @@ import torch
 from torch.distributions import Bernoulli, Normal, kl_divergence
 
 from predoc_lib.yolo import ROAD, Darknet
-from predoc_lib.yolo.objectives import FLOOR, divergence, gaussian, gradient_difference, heads_loss, mse
+from predoc_lib.yolo.objectives import (
+    FLOOR,
+    class_weights,
+    divergence,
+    gaussian,
+    gradient_difference,
+    heads_loss,
+    mse,
+    thing_kinds,
+)
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +40,43 @@ def test_other_features_have_a_loss_in_each_part(network):
     parts = heads_loss(network, features(network), features(network))
     assert all(part > 1e-3 for part in parts.values())
     assert parts["loss"] == pytest.approx(5 * parts["box"] + parts["object"] + parts["kind"])
+
+
+def test_every_class_that_is_there_has_the_same_say_and_an_object_counts_one_in_the_mean():
+    counts = torch.tensor([3e5, 1e5, 2e4, 0.0], dtype=torch.float64)
+    weights = class_weights(counts)
+    assert (weights * counts).sum() == pytest.approx(counts.sum())
+    say = (weights * counts / counts.sum())[:3]
+    torch.testing.assert_close(say, torch.full((3,), 1 / 3, dtype=torch.float64), atol=1e-4, rtol=0)
+    torch.testing.assert_close(class_weights(torch.full((5,), 7.0)), torch.ones(5))
+    assert torch.isfinite(class_weights(torch.zeros(3))).all()
+
+
+def test_what_is_there_is_shared_among_the_classes(network):
+    for at, x in zip(network.heads_at, network.logits(features(network)), strict=True):
+        yolo = network.layers[at + 1]
+        thing = thing_kinds(yolo, x)
+        torch.testing.assert_close(thing.sum(-1), yolo.split(x)[..., 4].sigmoid())
+        wanted = yolo.split(x)[..., 5:].sigmoid()
+        torch.testing.assert_close(thing / thing[..., :1], wanted / wanted[..., :1])
+
+
+@pytest.mark.parametrize("balanced", [True, False])
+def test_a_wrong_box_costs_more_where_its_class_is_rarer_if_classes_are_balanced(network, monkeypatch, balanced):
+    """The same error in one cell, whose object is of a class that has many or few others."""
+    monkeypatch.setattr(network, "logits", lambda x: x)
+    logits = [torch.full((1, 24, *shape[1:]), -30.0, dtype=torch.float64) for shape in network.shapes]
+    fine = logits[-1].view(1, 3, 8, *logits[-1].shape[2:])  # anchors, numbers, rows, columns
+    for column in (0, 2, 4, 6, 8):  # four of class 0, the last of class 1
+        fine[0, 0, :4, 1, column] = 0.0
+        fine[0, 0, [4, 6 if column == 8 else 5], 1, column] = 30.0
+
+    def cost(column):
+        moved = [x.clone() for x in logits]
+        moved[-1].view_as(fine)[0, 0, 2, 1, column] = 0.5
+        return heads_loss(network, moved, logits, balanced)["box"].item()
+
+    assert cost(8) / cost(0) == pytest.approx((4 + 1) / (1 + 1) if balanced else 1, rel=1e-3)
 
 
 def test_descending_the_loss_of_the_heads_brings_back_what_they_find(network):
