@@ -27,13 +27,13 @@ def photometric(
 ) -> Float[Tensor, ""]:
     """How unlike two batches of images are: colours, and, weighted, census.
 
-    Their difference also counts when its size is halved again and again, and what an error is shrinks alike: noise
-    averages out, and a texture too faint to be seen in one pixel, as a road's, begins to tell where it went.
+    The difference of colours can also count after its sides are halved, again and again, with EPSILON halved alike:
+    noise averages out, and a texture too faint to be seen in one pixel, as a road's, begins to tell where it went.
 
     Args:
         a, b: the images.
         census_weight: of the census; 0: it is not computed.
-        halvings: how often the difference's size is halved; 2^halvings must not exceed the sides.
+        halvings: how often the sides are halved; 2^halvings must not exceed them.
     """
     total = charbonnier(a - b).mean()
     for k in range(1, halvings + 1):
