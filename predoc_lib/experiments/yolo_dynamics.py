@@ -26,6 +26,7 @@ from predoc_lib.experiments.yolo_clips import (
     video_unseen,
 )  # fmt: skip
 from predoc_lib.experiments.yolo_measures import futures, measure
+from predoc_lib.precision import layers_of
 from predoc_lib.yolo import Darknet
 from predoc_lib.yolo.dynamics import CopyLast, Extrapolation, FeatureGRU, FeatureModel, FeatureODE, Features
 from predoc_lib.yolo.futures import RandomFeatureODE
@@ -197,8 +198,9 @@ def run(config: Config, folder: Path | None = None, progress: bool | None = None
         return {f"error{AHEAD[i]:g}": x for i, x in zip(ends, (sum(errors) / len(errors)).unbind(1), strict=True)}
 
     done = training.fit(
-        model, clips, loss, **config.training(model), folder=folder, progress=progress, show="heads", evaluate=follow
-    )
+        model, clips, loss, **config.training(model), networks=layers_of(model), folder=folder, progress=progress,
+        show="heads", evaluate=follow,
+    )  # fmt: skip
     if not done.is_main:
         return None
     model.eval()

@@ -11,9 +11,10 @@ from torch import Tensor
 from predoc_lib.experiments.yolo_clips import AHEAD, CONTEXT, TRAINED, Unseen
 from predoc_lib.metrics import Boxes, mean_average_precision
 from predoc_lib.yolo import Darknet, Detections, non_max_suppression
-from predoc_lib.yolo.dynamics import Predictor
+from predoc_lib.yolo.dynamics import Features, Predictor
 from predoc_lib.yolo.futures import RandomFeatureODE
 from predoc_lib.yolo.scoring import Matched, match
+from predoc_lib.yolo.tracking import extrapolate
 
 RANKED = 0.01  # boxes above this confidence are ranked
 BATCH = 32
@@ -41,13 +42,20 @@ def predicted(network: Darknet, predictor: Predictor, unseen: Unseen) -> Found:
     return found
 
 
-def detected(network: Darknet, unseen: Unseen) -> Found:
-    """What the heads find in the true frames' features: the ceiling."""
+def detected(network: Darknet, features: Features) -> Found:
+    """What the heads find in true frames' features [N, T, c, h, w]; in those of the future, it is the ceiling."""
     found = []
-    for i in range(len(AHEAD)):
-        parts = zip(*(x[:, i].split(BATCH) for x in unseen.future), strict=True)
+    for i in range(features[0].shape[1]):
+        parts = zip(*(x[:, i].split(BATCH) for x in features), strict=True)
         found.append([one for part in parts for one in boxes(network, [x.float() for x in part])])
     return found
+
+
+def tracked(network: Darknet, unseen: Unseen) -> Found:
+    """What the heads find in the frames seen, carried on along straight lines: no feature is predicted."""
+    t, ahead = torch.arange(float(CONTEXT)), AHEAD + CONTEXT - 1
+    clips = zip(*detected(network, unseen.context), strict=True)
+    return [list(at) for at in zip(*(extrapolate(list(seen), t, ahead) for seen in clips), strict=True)]
 
 
 def true_boxes(unseen: Unseen, found: Found, labels_above: float) -> list[list[Boxes]]:
@@ -60,7 +68,7 @@ def true_boxes(unseen: Unseen, found: Found, labels_above: float) -> list[list[B
 def measure(
     network: Darknet, predictors: Mapping[str, Predictor], test: Unseen, validation: Unseen, labels_above: float
 ) -> dict[str, Any]:
-    """Figures of predictors, and of the detector on the true future frames ("detector").
+    """Figures of predictors, of the detector on the true future frames ("detector"), and of ``tracked`` boxes.
 
     Returns:
         "truth", if the true objects are known, and "own", against the detector's own boxes above ``labels_above``:
@@ -69,7 +77,7 @@ def measure(
         validation clips; "missed": {span: {...}}, see ``missed``.
     """
     found = {name: predicted(network, predictor, test) for name, predictor in predictors.items()}
-    found["detector"] = detected(network, test)
+    found["detector"], found["tracked"] = detected(network, test.future), tracked(network, test)
     truth = true_boxes(test, found["detector"], labels_above)
     truths = {"own": truth}
     if test.objects:
@@ -79,7 +87,7 @@ def measure(
         for name, truth in truths.items()
     }
     held_out = {name: predicted(network, predictor, validation) for name, predictor in predictors.items()}
-    held_out["detector"] = detected(network, validation)
+    held_out["detector"], held_out["tracked"] = detected(network, validation.future), tracked(network, validation)
     wanted = true_boxes(validation, held_out["detector"], labels_above)
     every = (1, int(AHEAD[-1]))
     figures["threshold"] = {name: pooled(at, wanted, every).best_threshold() for name, at in held_out.items()}
@@ -105,7 +113,7 @@ def futures(
     """
     device = unseen.context[0].device
     t, ahead = torch.arange(float(CONTEXT), device=device), AHEAD.to(device) + CONTEXT - 1
-    truth = true_boxes(unseen, detected(network, unseen), labels_above)
+    truth = true_boxes(unseen, detected(network, unseen.future), labels_above)
     found: list[Found] = [[[] for _ in AHEAD] for _ in range(n)]
     best: Found = [[] for _ in AHEAD]
     squares: dict[str, list[Tensor]] = {"spread": [], "error": []}

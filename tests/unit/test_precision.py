@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from predoc_lib.experiments import features_to_frames, flow_warp, mimic, mimic_dusk, segmentation
+from predoc_lib.experiments import features_to_frames, flow_warp, mimic, mimic_dusk, segmentation, yolo_dynamics
 from predoc_lib.experiments.config import build
 from predoc_lib.precision import layers_of, lower_precision
 
@@ -16,6 +16,7 @@ EXPERIMENTS = {
     "segmentation": (segmentation, {"steps": 2}),
     "mimic": (mimic, {"steps": 2}),
     "mimic_dusk": (mimic_dusk, {"steps": 2}),
+    "yolo_dynamics": (yolo_dynamics, {"steps": 2}),
 }
 
 
