@@ -79,7 +79,7 @@ ALLOWED = {
     "latent_ode": 4.5,
     "msflow": 5,
     "yolo_detector": 1,
-    "yolo_dynamics": 3,
+    "yolo_dynamics": 4,
     "features_to_frames": 3,
     "flow_warp": 2,
 }  # MB of results/

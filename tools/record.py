@@ -26,12 +26,13 @@ PLAIN = {"layout": "plain", "learning_rate": 1e-3}  # at 3e-3 it stays at the me
 # At 3e-3 both diverged, the ODE at step 1700: its field came to turn by 7 radians a frame, which rk4 with steps of one
 # frame makes grow a hundredfold a step (it is stable up to 2.8).
 CAREFUL = {"learning_rate": 1.5e-3, "step_size": 0.5}
+SHORT = {"n_train": 700, "steps": 2000, "balanced": False, "kinetic": 0.0}  # in a third of the time
 KEEP = {  # runs whose weights a chapter loads
     "latent_ode": ("digits32-1-stride1-ode-seed0", "digits32-2-stride2-ode-seed0", "mnist64-2-stride2-ode-seed0"),
     "msflow": ("photos16-haar-flow_matching-seed0", "photos16-haar-flow_matching-long"),
     "flow2d": [f"{density}-{objective}-seed0" for density in DENSITIES for objective in OBJECTIVES],
     "features": ("cifar10_subset-seed0",),
-    "yolo_dynamics": ("road-ode-seed0", "road-gru-seed0"),
+    "yolo_dynamics": ("road-ode-seed0", "road-gru-seed0", "road-ode-short-seed0"),
     "flow_warp": ("road-seed0",),
     "features_to_frames": ("road-irevnet", "road-irevnet-pixels", "road-plain", "road-last"),
     "segmentation": ("road",),
@@ -150,14 +151,12 @@ def yolo_detector() -> dict[str, dict]:
 
 
 def yolo_dynamics() -> dict[str, dict]:
-    """The same: features of the drawn road through time, the ODE and its rival, and what each choice buys."""
-    runs = {
-        f"road-{dynamics}-seed{seed}": {"dynamics": dynamics, "seed": seed}
-        for seed in (0, 1, 2)
-        for dynamics in ("ode", "gru")
-    }
-    runs |= {
-        "road-gru-moves": {"dynamics": "gru", "moves": True},
+    """The same: features of the drawn road through time, the ODE and its rival; short runs of what each choice buys."""
+    kinds = {"ode": {}, "gru": {"dynamics": "gru", "moves": False}}
+    runs = {f"road-{kind}-seed{seed}": own | {"seed": seed} for seed in (0, 1, 2) for kind, own in kinds.items()}
+    short = {f"road-{kind}-short-seed{seed}": own | {"seed": seed} for seed in (0, 1, 2) for kind, own in kinds.items()}
+    short |= {
+        "road-gru-moves": {"dynamics": "gru"},
         "road-ode-still": {"moves": False},
         "road-ode-features": {"heads_weight": 0.0},
         "road-ode-gaussian": {"heads_weight": 0.0, "likelihood": "gaussian"},
@@ -165,17 +164,9 @@ def yolo_dynamics() -> dict[str, dict]:
         "road-ode-random": {"dynamics": "random"},
         "road-ode-gradient": {"gradient_weight": 0.5},
     }
-    for name in runs:
-        if "gru-seed" in name:
-            runs[name] |= {"moves": False}
-    runs = {name: run | {"steps": 2000} for name, run in runs.items()}
-    more = {"n_train": 2000, "steps": 3000, "balanced": True}
-    runs["road-ode-steady-seed0"] = more | {"kinetic": 2.0}
-    runs["road-gru-steady-seed0"] = more | {"kinetic": 2.0, "dynamics": "gru", "moves": False}
-    runs["road-ode-steady-seed1"] = more | {"kinetic": 2.0, "seed": 1}
-    runs["road-ode-steady-seed2"] = more | {"kinetic": 2.0, "seed": 2}
-    real = {"video": "driving/solidWhiteRight.mp4", "detector": "yolo/yolo-fastest-1.1.cfg", "steps": 500}
-    runs |= {"highway-ode": real, "highway-gru": real | {"dynamics": "gru", "moves": False}}
+    runs |= {name: run | SHORT for name, run in short.items()}
+    real = {"video": "driving/solidWhiteRight.mp4", "detector": "yolo/yolo-fastest-1.1.cfg"} | SHORT | {"steps": 500}
+    runs |= {f"highway-{kind}": real | own for kind, own in kinds.items()}
     return runs
 
 

@@ -27,7 +27,7 @@ from predoc_lib.yolo.dynamics import Features
 METHODS = ("irevnet", "iresnet", "plain", "last_frame")
 SEES = ("predicted", "true", "between")
 REMAINDERS = ("true", "last", "zero", "ode")
-DYNAMICS = results.RESULTS / "yolo_dynamics" / "road-ode-seed0"
+DYNAMICS = results.RESULTS / "yolo_dynamics" / "road-ode-short-seed0"
 BATCH = 20
 SEEN = {"own": 3.0, "true": 3.0, "predicted +1": 1.0, "predicted +3": 3.0, "predicted +6": 6.0, "half-way": 0.5}
 """What a frame is made from, and how far ahead of the last frame seen it is; "own": an invertible network's feature."""

@@ -42,7 +42,7 @@ DRAWS = 5  # futures of a random model that are measured
 class Config(TrainingConfig):
     """What a run of this experiment is made of."""
 
-    steps: int = option(1500, "optimizer steps", low=1)
+    steps: int = option(6000, "optimizer steps", low=1)
     batch_size: int = option(8, "clips a step", low=1)
     learning_rate: float = option(2e-3, "the highest, of Adam with warm-up and cosine decay", low=1e-8)
     clip: float = option(5.0, "longest gradient, a longer one is scaled down; 0: none is", low=0)
@@ -59,12 +59,12 @@ class Config(TrainingConfig):
     moves: bool = option(True, "the last features are moved before they are corrected (the report: no)")
     width: int = option(48, "channels of the state", low=1)
     heads_weight: float = option(0.5, "weight of the loss of what the heads find (the report: 0)", low=0)
-    balanced: bool = option(False, "every class has the same say in that loss, else every object has")
-    kinetic: float = option(0.0, "weight of the state's kinetic energy, eq. 6.17 (the report: 0)", low=0)
+    balanced: bool = option(True, "every class has the same say in that loss, else every object has")
+    kinetic: float = option(2.0, "weight of the state's kinetic energy, eq. 6.17 (the report: 0)", low=0)
     gradient_weight: float = option(0.0, "weight of the gradient difference (the report: 0)", low=0)
     horizon: int = option(TRAINED, "frames trained to predict (the report: 3)", low=1)
     labels_above: float = option(0.3, "confidence of the detector's own boxes that count as labels", low=0)
-    n_train: int = option(700, "drives that are drawn, each also mirrored", low=1)
+    n_train: int = option(2000, "drives that are drawn, each also mirrored", low=1)
     n_test: int = option(100, "unseen drives", low=1)
 
     presets: ClassVar[dict[str, dict[str, Any]]] = {
@@ -72,7 +72,7 @@ class Config(TrainingConfig):
         "book": {},
         "thesis": {
             "steps": 20_000, "batch_size": 32, "n_train": 4000, "width": 96, "moves": False, "heads_weight": 0.0,
-            "n_test": 400,
+            "balanced": False, "kinetic": 0.0, "n_test": 400,
         },
     }  # fmt: skip
 
