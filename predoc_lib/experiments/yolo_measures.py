@@ -55,7 +55,7 @@ def tracked(network: Darknet, unseen: Unseen) -> Found:
     """What the heads find in the frames seen, carried on along straight lines: no feature is predicted."""
     t, ahead = torch.arange(float(CONTEXT)), AHEAD + CONTEXT - 1
     clips = zip(*detected(network, unseen.context), strict=True)
-    return [list(at) for at in zip(*(extrapolate(list(seen), t, ahead) for seen in clips), strict=True)]
+    return [list(at) for at in zip(*(extrapolate(seen, t, ahead) for seen in clips), strict=True)]
 
 
 def true_boxes(unseen: Unseen, found: Found, labels_above: float) -> list[list[Boxes]]:

@@ -1,5 +1,7 @@
 """Boxes that go on along straight lines: tracking by detection, the rival that is not trained."""
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float
 from scipy.optimize import linear_sum_assignment
@@ -21,7 +23,7 @@ def same_things(now: Detections, before: Detections) -> dict[int, int]:
     return {int(i): int(j) for i, j in pairs if near[i, j] > 0}
 
 
-def extrapolate(seen: list[Detections], t: Float[Tensor, " T"], t_query: Float[Tensor, " Q"]) -> list[Detections]:
+def extrapolate(seen: Sequence[Detections], t: Float[Tensor, " T"], t_query: Float[Tensor, " Q"]) -> list[Detections]:
     """Boxes at other times: those of the last frame, each moved on at its mean velocity over the frames it was seen in.
 
     Args:
