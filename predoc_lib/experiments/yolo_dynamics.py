@@ -36,6 +36,7 @@ TRAINING_SHARE = 0.7  # of a video's frames, the first; the others are measured
 MODELS = {"ode": FeatureODE, "gru": FeatureGRU, "random": RandomFeatureODE}
 LIKELIHOODS = {"mse": mse, "gaussian": gaussian}
 DRAWS = 5  # futures of a random model that are measured
+BEFORE = {"balanced": False, "kinetic": 0.0}  # what was done in runs that were recorded before there was a choice
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +113,7 @@ def load(folder: Path) -> tuple[FeatureModel, Darknet, Config]:
     Raises:
         ResultError, WeightsError, FileError: a file is absent or damaged, or the weights are of another model.
     """
-    config = Config(**results.load(folder)["config"])
+    config = Config(**BEFORE | results.load(folder)["config"])
     network = load_detector(config)
     model = checkpoint.load_weights(build_model(config, network), Path(folder) / "weights.safetensors")
     return model.eval(), network, config
@@ -204,15 +205,17 @@ def run(config: Config, folder: Path | None = None, progress: bool | None = None
     if not done.is_main:
         return None
     model.eval()
+    with torch.no_grad():
+        model.predict([x[:1].float() for x in test.context], t[:CONTEXT], t[CONTEXT:])
+    evaluations = config.horizon if config.dynamics == "gru" else model.ode.stats["evaluations"]
     predictors = {config.dynamics: model, "copy-last": CopyLast(), "extrapolation": Extrapolation()}
     metrics = measure(network, predictors, test, validation, config.labels_above)
     if config.dynamics == "random":
         metrics["futures"] = futures(network, model, test, config.labels_above, DRAWS, config.seed)
     metrics["parameters"] = sum(p.numel() for p in model.parameters())
-    steps = config.horizon if config.dynamics == "gru" else model.ode.stats["evaluations"]
     return results.record(
-        "yolo_dynamics", config, metrics, device=device, wall_time_s=done.seconds, evaluations=steps,
-        data=checksum(config.video), history=done.history,
+        "yolo_dynamics", config, metrics, device=device, wall_time_s=done.seconds,
+        evaluations=evaluations, data=checksum(config.video), history=done.history,
     )  # fmt: skip
 
 

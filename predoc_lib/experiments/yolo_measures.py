@@ -135,8 +135,8 @@ def futures(
     means = {name: torch.cat(parts).mean(0).sqrt().tolist() for name, parts in squares.items()}
     return {
         f"{at:g}": {
-            "one": sum(mean_average_precision(draw[i], truth[i])["map50"] for draw in found) / n,
-            "best": mean_average_precision(best[i], truth[i])["map50"],
+            "one": sum(_defined(mean_average_precision(draw[i], truth[i]))["map50"] for draw in found) / n,
+            "best": _defined(mean_average_precision(best[i], truth[i]))["map50"],
             **{name: values[i] for name, values in means.items()},
         }
         for i, at in enumerate(AHEAD.tolist())
@@ -149,10 +149,12 @@ def _mean(heads: list[Float[Tensor, "B T _ _ _"]]) -> Float[Tensor, "B T"]:
 
 
 def _precision(found: dict[str, Found], truth: list[list[Boxes]], i: int) -> dict[str, dict[str, float]]:
-    rows = {name: mean_average_precision(at[i], truth[i]) for name, at in found.items()}
-    return {
-        name: {key: 0.0 if math.isnan(value) else value for key, value in row.items()} for name, row in rows.items()
-    }
+    return {name: _defined(mean_average_precision(at[i], truth[i])) for name, at in found.items()}
+
+
+def _defined(row: dict[str, float]) -> dict[str, float]:
+    """The same, 0 where there is nothing to be found."""
+    return {key: 0.0 if math.isnan(value) else value for key, value in row.items()}
 
 
 def pooled(found: Found, truth: list[list[Boxes]], ends: tuple[int, int]) -> Matched:

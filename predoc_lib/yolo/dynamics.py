@@ -2,7 +2,7 @@
 
     h_0 = encoder(C)                  the context C = {(x_i, t_i)}, features of the frames seen; h_0 is of the last one
     d(h, s)/dt = f(h), s(t_0) = 0     the Neural ODE: in every cell a state h and how far it has moved, s
-    x(t) = x_0 moved by s(t) + decoder(h(t), s(t))
+    x(t) = x_0 moved by s(t) + decoder((x_0, h(t)) moved by s(t))
 
 x_0 are the last features seen. The decoder and ds/dt are zero at first: the untrained model is ``CopyLast``.
 """
@@ -221,7 +221,7 @@ class FeatureModel(nn.Module, abc.ABC):
         """What is so many frames ahead of the context's end, where the state is h and the features are these.
 
         Returns:
-            The features, and the ``kinetic_energy`` of h on its way to the last of them.
+            The features, and the ``kinetic_energy`` of h on its way to the last of them, or the whole frame after it.
         """
 
     def _check(self, features: Features, t: Tensor, t_query: Tensor) -> None:
@@ -239,9 +239,9 @@ class FeatureModel(nn.Module, abc.ABC):
 
 
 def kinetic_energy(h: Float[Tensor, "Q _ _ _ _"], t: Shaped[Tensor, " Q"]) -> Float[Tensor, ""]:
-    """The mean over time of |dh/dt|^2, of each number in the state (eq. 6.17), from the states h at the times t.
+    """The mean over time and over the numbers of the state of (dh/dt)^2 (eq. 6.17), from the states h at the times t.
 
-    Between two times the state is taken to go straight, and no way is shorter. One time: 0.
+    Between two times the state is taken to go straight, which costs least. One time: 0.
     """
     if len(t) < 2:
         return h.new_zeros(())

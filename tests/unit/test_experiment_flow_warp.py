@@ -86,6 +86,22 @@ class NeverMirrored(Rows):
         return torch.ones(self.stop - self.start, *shape)
 
 
+@pytest.mark.parametrize(("step", "late"), [(1, False), (4, False), (5, True), (6, True)])
+def test_speed_has_its_price_in_the_last_third_and_second_differences_have_theirs_always(step, late):
+    torch.manual_seed(0)
+    config = Config(**vars(TINY) | {"steps": 6})
+    model = build_model(config)
+    for weights in model.parameters():
+        torch.nn.init.normal_(weights, std=0.05)  # untrained, nothing moves
+    grey = torch.rand(2, 9, 3, 1, 1).expand(-1, -1, -1, 96, 160)  # without edges, which may be folded
+    found = loss_of(model, grey, Rows(step, 0, 2, 2, torch.Generator()), config)
+    parts = {name: value.item() for name, value in found.items()}
+    assert parts["slowness"] > 1e-3
+    assert parts["smoothness"] > 1e-3
+    total = parts["photometric"] + parts["coarse"] + config.smoothness * parts["smoothness"]
+    assert parts["loss"] == pytest.approx(total + late * config.slowness * parts["slowness"], rel=1e-6)
+
+
 def test_the_loss_vanishes_for_the_velocity_that_clips_have():
     """Stripes move to the right by 4 pixels a frame, out of black and into black."""
     torch.manual_seed(0)

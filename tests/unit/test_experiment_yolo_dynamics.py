@@ -34,11 +34,26 @@ def test_a_run_leaves_a_record_and_weights_that_measure_the_same(tmp_path, dynam
     assert set(record["metrics"]["truth"]) == {f"{t:g}" for t in AHEAD.tolist()}
     model, network, again = load(tmp_path / "run")
     assert again == config
+    assert {"tracked", "detector"} < set(record["metrics"]["truth"]["3"])
     _, validation, test = data_of(config, network)
     predictors = {dynamics: model, "copy-last": CopyLast(), "extrapolation": Extrapolation()}
     found = measure(network, predictors, test, validation, config.labels_above)
     flat, wanted = results.figures({"metrics": found}), results.figures(record)
     assert {name: wanted[name] for name in flat} == pytest.approx(flat, abs=1e-6)
+
+
+@pytest.mark.parametrize(("balanced", "kinetic"), [(True, 2.0), (False, 0.0)])
+def test_the_loss_is_of_features_heads_and_energy(balanced, kinetic):
+    config = Config(**vars(TINY) | {"steps": 1, "balanced": balanced, "kinetic": kinetic})
+    row = run(config, progress=False)["history"][0]
+    assert row["loss"] == pytest.approx(row["mse"] + 0.5 * row["heads"] + kinetic * row.get("energy", 0))
+    assert ("energy" in row) == bool(kinetic)
+    other = run(Config(**vars(config) | {"balanced": not balanced}), progress=False)["history"][0]
+    assert other["heads"] != pytest.approx(row["heads"], rel=1e-4)
+
+
+def test_a_training_step_evaluates_the_field_twice_a_frame():
+    assert run(TINY, progress=False)["evaluations"] == 2 * TINY.horizon
 
 
 @pytest.mark.parametrize("video", [False, True])

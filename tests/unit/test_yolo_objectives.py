@@ -62,7 +62,10 @@ def test_what_is_there_is_shared_among_the_classes(network):
 
 
 @pytest.mark.parametrize("balanced", [True, False])
-def test_a_wrong_box_costs_more_where_its_class_is_rarer_if_classes_are_balanced(network, monkeypatch, balanced):
+@pytest.mark.parametrize(("part", "number"), [("box", 2), ("object", 4), ("kind", None)])
+def test_an_error_costs_more_where_its_class_is_rarer_if_classes_are_balanced(
+    network, monkeypatch, balanced, part, number
+):
     """The same error in one cell, whose object is of a class that has many or few others."""
     monkeypatch.setattr(network, "logits", lambda x: x)
     logits = [torch.full((1, 24, *shape[1:]), -30.0, dtype=torch.float64) for shape in network.shapes]
@@ -73,8 +76,9 @@ def test_a_wrong_box_costs_more_where_its_class_is_rarer_if_classes_are_balanced
 
     def cost(column):
         moved = [x.clone() for x in logits]
-        moved[-1].view_as(fine)[0, 0, 2, 1, column] = 0.5
-        return heads_loss(network, moved, logits, balanced)["box"].item()
+        kind = 6 if column == 8 else 5
+        moved[-1].view_as(fine)[0, 0, kind if number is None else number, 1, column] = 0.5
+        return heads_loss(network, moved, logits, balanced)[part].item()
 
     assert cost(8) / cost(0) == pytest.approx((4 + 1) / (1 + 1) if balanced else 1, rel=1e-3)
 

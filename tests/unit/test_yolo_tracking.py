@@ -29,10 +29,31 @@ def test_boxes_that_move_evenly_are_where_they_will_be_also_between_frames():
         assert torch.equal(one.labels, seen[-1].labels)
 
 
-def test_boxes_that_grow_go_on_growing():
-    grown = [Detections(torch.tensor([[0.4 - a, 0.4 - a, 0.6 + a, 0.6 + a]]), torch.ones(1), torch.zeros(1).long())
-             for a in (0.0, 0.02, 0.04, 0.1)]  # fmt: skip
-    assert torch.allclose(extrapolate(grown[:3], T, torch.tensor([5.0]))[0].boxes, grown[3].boxes, atol=1e-6)
+@pytest.mark.parametrize("centre", [(0.5, 0.42), (0.3, 0.7)])
+def test_things_that_move_evenly_in_space_are_exact_wherever_the_camera_looks(centre):
+    def pictured(t):
+        x, y, z = 0.2 - 0.1 * t, 0.3, 8.0 - 0.8 * t
+        corners = torch.tensor([[x, y, x + 1.0, y + 0.8]]) / z
+        return Detections(corners + torch.tensor(centre).repeat(2), torch.ones(1), torch.zeros(1).long())
+
+    for ahead, one in zip(
+        (3.5, 6.0), extrapolate([pictured(t) for t in range(3)], T, torch.tensor([3.5, 6.0])), strict=True
+    ):
+        assert torch.allclose(one.boxes, pictured(ahead).boxes.clamp(0, 1), atol=1e-5)
+
+
+def test_what_leaves_the_picture_is_dropped_and_what_sticks_out_is_cut_off():
+    seen = [found((0.7 + 0.05 * t, 0.5, 0), (0.3, 0.4, 1)) for t in range(3)]
+    boxes = [one.boxes[:, 2].tolist() for one in extrapolate(seen, T, torch.tensor([3.0, 4.5, 7.0]))]
+    assert boxes == [pytest.approx(x) for x in ([0.95, 0.4], [1.0, 0.4], [0.4])]
+
+
+def test_a_thing_that_seems_to_reach_the_camera_gives_a_box_that_is_none_inside_out():
+    grown = [Detections(torch.tensor([[0.5 - a, 0.5 - a, 0.5 + a, 0.5 + a]]), torch.ones(1), torch.zeros(1).long())
+             for a in (0.1, 0.2, 0.3)]  # fmt: skip
+    boxes = torch.cat([one.boxes for one in extrapolate(grown, T, torch.tensor([3.0, 4.0, 9.0]))])
+    assert torch.isfinite(boxes).all()
+    assert (boxes[:, 2:] > boxes[:, :2]).all()
 
 
 def test_velocity_is_of_the_frames_in_which_a_thing_was_seen_and_nothing_new_moves():
@@ -56,6 +77,10 @@ def test_classes_are_not_mixed_and_where_nothing_is_nothing_is_found():
 def test_pairs_have_the_largest_total_overlap(seed):
     torch.manual_seed(seed)
     now, before = (found(*((x, y, 0) for x, y in (0.15 * torch.rand(4, 2)).tolist())) for _ in range(2))
-    near = distance_box_iou(now.boxes, before.boxes)
-    best = max(itertools.permutations(range(4)), key=lambda order: sum(near[i, j] for i, j in enumerate(order)))
-    assert same_things(now, before) == {i: j for i, j in enumerate(best) if near[i, j] > 0}
+    overlap = distance_box_iou(now.boxes, before.boxes).clamp(min=0)
+    best = max(itertools.permutations(range(4)), key=lambda order: sum(overlap[i, j] for i, j in enumerate(order)))
+    assert same_things(now, before) == {i: j for i, j in enumerate(best) if overlap[i, j] > 0}
+
+
+def test_boxes_that_do_not_meet_do_not_keep_others_from_meeting():
+    assert same_things(found((0.10, 0.5, 0), (0.22, 0.5, 0)), found((0.28, 0.5, 0), (0.18, 0.5, 0))) == {1: 1}
