@@ -154,14 +154,14 @@ def drawn_training(network: Darknet, n: int, length: int, extra: int = 2) -> Cli
     return Clips([torch.cat(x) for x in zip(*both, strict=True)], length)
 
 
-def drawn_unseen(network: Darknet, n: int, split: str) -> Unseen:
-    """One clip of each of n drives of a split."""
+def drawn_unseen(network: Darknet, n: int, split: str, skip: int = 0) -> Unseen:
+    """One clip of each of n drives of a split, but for the first ``skip`` of them."""
     t = torch.cat([torch.arange(float(CONTEXT)), CONTEXT - 1 + AHEAD])
     frames, objects = draw(n, split, t, True)
-    features = extract(network, frames)
+    features = extract(network, frames[skip:])
     return Unseen(
         [x[:, :CONTEXT] for x in features], [x[:, CONTEXT:] for x in features],
-        [drive[CONTEXT:] for drive in objects],
+        [drive[CONTEXT:] for drive in objects[skip:]],
     )  # fmt: skip
 
 

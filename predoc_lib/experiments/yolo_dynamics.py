@@ -25,7 +25,7 @@ from predoc_lib.experiments.yolo_clips import (
     extract,
     video_unseen,
 )  # fmt: skip
-from predoc_lib.experiments.yolo_measures import futures, measure
+from predoc_lib.experiments.yolo_measures import futures, measure, precisions
 from predoc_lib.precision import layers_of
 from predoc_lib.yolo import Darknet
 from predoc_lib.yolo.dynamics import CopyLast, Extrapolation, FeatureGRU, FeatureModel, FeatureODE, Features
@@ -35,6 +35,7 @@ from predoc_lib.yolo.objectives import gaussian, gradient_difference, heads_loss
 TRAINING_SHARE = 0.7  # of a video's frames, the first; the others are measured
 MODELS = {"ode": FeatureODE, "gru": FeatureGRU, "random": RandomFeatureODE}
 LIKELIHOODS = {"mse": mse, "gaussian": gaussian}
+ASIDE = 2  # drives set aside for each of the test's: no choice of a model has looked at them
 DRAWS = 5  # futures of a random model that are measured
 BEFORE = {"balanced": False, "kinetic": 0.0}  # what was done in runs that were recorded before there was a choice
 
@@ -210,6 +211,9 @@ def run(config: Config, folder: Path | None = None, progress: bool | None = None
     evaluations = config.horizon if config.dynamics == "gru" else model.ode.stats["evaluations"]
     predictors = {config.dynamics: model, "copy-last": CopyLast(), "extrapolation": Extrapolation()}
     metrics = measure(network, predictors, test, validation, config.labels_above)
+    if not config.video:
+        aside = drawn_unseen(network, (1 + ASIDE) * config.n_test, "test", skip=config.n_test)
+        metrics["aside"] = precisions(network, predictors, aside, config.labels_above)
     if config.dynamics == "random":
         metrics["futures"] = futures(network, model, test, config.labels_above, DRAWS, config.seed)
     metrics["parameters"] = sum(p.numel() for p in model.parameters())

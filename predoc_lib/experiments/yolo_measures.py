@@ -65,10 +65,25 @@ def true_boxes(unseen: Unseen, found: Found, labels_above: float) -> list[list[B
     return [[one.above(labels_above) for one in at] for at in found]
 
 
+def found_by(network: Darknet, predictors: Mapping[str, Predictor], unseen: Unseen) -> dict[str, Found]:
+    """What predictors find, what the "detector" finds on the true future frames, and the "tracked" boxes."""
+    found = {name: predicted(network, predictor, unseen) for name, predictor in predictors.items()}
+    return found | {"detector": detected(network, unseen.future), "tracked": tracked(network, unseen)}
+
+
+def precisions(
+    network: Darknet, predictors: Mapping[str, Predictor], unseen: Unseen, labels_above: float
+) -> dict[str, dict[str, dict[str, float]]]:
+    """{frames ahead: {method: {"map50", "map"}}}, all methods of ``found_by``."""
+    found = found_by(network, predictors, unseen)
+    truth = true_boxes(unseen, found["detector"], labels_above)
+    return {f"{ahead:g}": _precision(found, truth, i) for i, ahead in enumerate(AHEAD.tolist())}
+
+
 def measure(
     network: Darknet, predictors: Mapping[str, Predictor], test: Unseen, validation: Unseen, labels_above: float
 ) -> dict[str, Any]:
-    """Figures of predictors, of the detector on the true future frames ("detector"), and of ``tracked`` boxes.
+    """Figures of all methods of ``found_by``.
 
     Returns:
         "truth", if the true objects are known, and "own", against the detector's own boxes above ``labels_above``:
@@ -76,8 +91,7 @@ def measure(
         {"precision", "recall", "f1", "right", "false"}}} at the "threshold" of each method, which is the best on the
         validation clips; "missed": {span: {...}}, see ``missed``.
     """
-    found = {name: predicted(network, predictor, test) for name, predictor in predictors.items()}
-    found["detector"], found["tracked"] = detected(network, test.future), tracked(network, test)
+    found = found_by(network, predictors, test)
     truth = true_boxes(test, found["detector"], labels_above)
     truths = {"own": truth}
     if test.objects:
@@ -86,8 +100,7 @@ def measure(
         name: {f"{ahead:g}": _precision(found, truth, i) for i, ahead in enumerate(AHEAD.tolist())}
         for name, truth in truths.items()
     }
-    held_out = {name: predicted(network, predictor, validation) for name, predictor in predictors.items()}
-    held_out["detector"], held_out["tracked"] = detected(network, validation.future), tracked(network, validation)
+    held_out = found_by(network, predictors, validation)
     wanted = true_boxes(validation, held_out["detector"], labels_above)
     every = (1, int(AHEAD[-1]))
     figures["threshold"] = {name: pooled(at, wanted, every).best_threshold() for name, at in held_out.items()}

@@ -9,9 +9,9 @@ from predoc_lib import results
 from predoc_lib.data import driving
 from predoc_lib.data.driving import Objects
 from predoc_lib.experiments.config import ConfigError
-from predoc_lib.experiments.yolo_clips import AHEAD, Clips, Unseen, video_unseen
+from predoc_lib.experiments.yolo_clips import AHEAD, Clips, Unseen, drawn_unseen, video_unseen
 from predoc_lib.experiments.yolo_dynamics import Config, data_of, load, load_detector, run
-from predoc_lib.experiments.yolo_measures import futures, measure
+from predoc_lib.experiments.yolo_measures import futures, measure, precisions
 from predoc_lib.files import FileError
 from predoc_lib.yolo import Darknet
 from predoc_lib.yolo.dynamics import CopyLast, Extrapolation
@@ -38,6 +38,9 @@ def test_a_run_leaves_a_record_and_weights_that_measure_the_same(tmp_path, dynam
     _, validation, test = data_of(config, network)
     predictors = {dynamics: model, "copy-last": CopyLast(), "extrapolation": Extrapolation()}
     found = measure(network, predictors, test, validation, config.labels_above)
+    aside = drawn_unseen(network, 3 * config.n_test, "test", skip=config.n_test)
+    assert len(aside) == 2 * config.n_test
+    found["aside"] = precisions(network, predictors, aside, config.labels_above)
     flat, wanted = results.figures({"metrics": found}), results.figures(record)
     assert {name: wanted[name] for name in flat} == pytest.approx(flat, abs=1e-6)
 
