@@ -33,7 +33,7 @@ PAGE = """<div id="{id}" class="predoc-scrubber" role="group" aria-label="{label
 <label for="{id}-t">{label}</label>
 <input id="{id}-t" type="range" min="0" max="{last}" step="1" value="{start}" aria-valuetext="{text}" autocomplete="off"
  style="flex: 1 1 12rem; max-width: 30rem">
-<output for="{id}-t" style="min-width: 16rem; font-variant-numeric: tabular-nums">{text}</output>
+<output for="{id}-t" style="flex: 0 1 {longest}ch; font-variant-numeric: tabular-nums">{text}</output>
 </div>
 <script>
 (() => {{
@@ -80,6 +80,7 @@ class Scrubber:
             last=len(self.t) - 1,
             start=self.start,
             text=html.escape(data["texts"][self.start]),
+            longest=max(map(len, data["texts"])),  # else the slider would shrink under the pointer
             data=script,
         )
 

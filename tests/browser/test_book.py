@@ -86,6 +86,11 @@ def test_every_slider_has_a_name_and_moves_its_pictures_by_keyboard(page):
         assert group.locator("output").inner_text() == slider.get_attribute("aria-valuetext") != words
         page.keyboard.press("End")
         assert group.evaluate(state) != after
+        wide = []
+        for at in range(int(slider.get_attribute("max")) + 1):
+            slider.fill(str(at))
+            wide.append(slider.bounding_box()["width"])
+        assert max(wide) == min(wide), "the words beside it change its length under the pointer"
         assert group.evaluate("group => [...group.querySelectorAll('img')].every(image => image.naturalWidth > 0)")
     assert page.problems == []
 
