@@ -52,7 +52,7 @@ def detected(network: Darknet, features: Features) -> Found:
 
 
 def tracked(network: Darknet, unseen: Unseen) -> Found:
-    """What the heads find in the frames seen, carried on along straight lines: no feature is predicted."""
+    """What the heads find in the frames seen, carried on evenly in space: no feature is predicted."""
     t, ahead = torch.arange(float(CONTEXT)), AHEAD + CONTEXT - 1
     clips = zip(*detected(network, unseen.context), strict=True)
     return [list(at) for at in zip(*(extrapolate(seen, t, ahead) for seen in clips), strict=True)]
@@ -77,7 +77,7 @@ def precisions(
     """{frames ahead: {method: {"map50", "map"}}}, all methods of ``found_by``."""
     found = found_by(network, predictors, unseen)
     truth = true_boxes(unseen, found["detector"], labels_above)
-    return {f"{ahead:g}": _precision(found, truth, i) for i, ahead in enumerate(AHEAD.tolist())}
+    return _precisions(found, truth)
 
 
 def measure(
@@ -96,10 +96,7 @@ def measure(
     truths = {"own": truth}
     if test.objects:
         truths = {"truth": truth, "own": [[one.above(labels_above) for one in at] for at in found["detector"]]}
-    figures: dict[str, Any] = {
-        name: {f"{ahead:g}": _precision(found, truth, i) for i, ahead in enumerate(AHEAD.tolist())}
-        for name, truth in truths.items()
-    }
+    figures: dict[str, Any] = {name: _precisions(found, truth) for name, truth in truths.items()}
     held_out = found_by(network, predictors, validation)
     wanted = true_boxes(validation, held_out["detector"], labels_above)
     every = (1, int(AHEAD[-1]))
@@ -161,8 +158,11 @@ def _mean(heads: list[Float[Tensor, "B T _ _ _"]]) -> Float[Tensor, "B T"]:
     return sum(x.sum((2, 3, 4)) for x in heads) / sum(x[0, 0].numel() for x in heads)
 
 
-def _precision(found: dict[str, Found], truth: list[list[Boxes]], i: int) -> dict[str, dict[str, float]]:
-    return {name: _defined(mean_average_precision(at[i], truth[i])) for name, at in found.items()}
+def _precisions(found: dict[str, Found], truth: list[list[Boxes]]) -> dict[str, dict[str, dict[str, float]]]:
+    return {
+        f"{ahead:g}": {name: _defined(mean_average_precision(at[i], truth[i])) for name, at in found.items()}
+        for i, ahead in enumerate(AHEAD.tolist())
+    }
 
 
 def _defined(row: dict[str, float]) -> dict[str, float]:
