@@ -105,10 +105,10 @@ class Scale(nn.Module):
         return ((s - (1 - s) * square) * y - s * mu) / ((1 - s) ** 2 * square + s**2)
 
     def loss(self, band, coarse):
-        """Flow matching: the velocity of straight lines from data to noise, more often near the data."""
-        y, t, noise = self.white(band), torch.rand(len(band)) ** 2, torch.randn_like(band)
+        """Flow matching: velocities of straight lines from data to noise, errors weighted by (1 - t) / (t + 0.3)."""
+        y, t, noise = self.white(band), 0.3 * ((1 + 1 / 0.3) ** torch.rand(len(band)) - 1), torch.randn_like(band)
         s = t.view(-1, 1, 1, 1)
-        return (self(t, (1 - s) * y + s * noise, coarse) - (noise - y)).square().mean()
+        return ((1 - s) * (self(t, (1 - s) * y + s * noise, coarse) - (noise - y)).square()).mean()
 
     def solve(self, y, coarse, times, probe):
         """y after the last time, and the integral of its divergence (Hutchinson's estimate), by RK4."""

@@ -167,11 +167,12 @@ class CNF(nn.Module):
         cond: Tensor | None = None,
         noise: Tensor | None = None,
         t: Float[Tensor, " B"] | None = None,
+        weight: Float[Tensor, " B"] | None = None,
     ) -> Tensor:
         """Flow matching (Lipman et al. 2023): mean square of f(t, x_t) - (noise - x), x_t = (1 - t) x + t noise.
 
         No solve: the field learns the mean velocity of straight lines from data to noise. Noise and t are drawn here if
-        they are not given. Raises ValueError as ``log_prob`` does.
+        they are not given; a weight is every row's own. Raises ValueError as ``log_prob`` does.
         """
         self._check(x, cond)
         noise = torch.randn_like(x) if noise is None else noise
@@ -179,7 +180,8 @@ class CNF(nn.Module):
         s = t.view(-1, *[1] * (x.ndim - 1))
         x_t = (1 - s) * x + s * noise
         velocity = self.f(t, x_t) if cond is None else self.f(t, x_t, cond)
-        return (velocity - (noise - x)).square().mean()
+        square = (velocity - (noise - x)).square()
+        return square.mean() if weight is None else (weight * square.flatten(1).mean(1)).mean()
 
     @torch.no_grad()
     def sample(self, n: int, cond: Tensor | None = None, noise: Tensor | None = None) -> Float[Tensor, "n ..."]:

@@ -1,4 +1,4 @@
-"""Networks in bfloat16 or compiled while they are trained, and nothing else."""
+"""Networks in bfloat16, or compiled, while they are trained, and nothing else."""
 
 import contextlib
 import functools
@@ -18,17 +18,10 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
 
 
 @contextlib.contextmanager
-def lower_precision(networks: list[nn.Module], precision: str, device: str, compile: bool = False) -> Iterator[None]:
-    """Run the networks in bfloat16, or compiled, or both, inside the block; what they return is float32 again.
-
-    Outside they are as they were: what is measured after training would be compiled anew, for its own shapes.
-    """
+def lower_precision(networks: list[nn.Module], precision: str, device: str) -> Iterator[None]:
+    """Run the networks in bfloat16 inside the block, or leave them in float32; what they return is float32 again."""
 
     def lowered(forward: Callable) -> Callable:
-        forward = torch.compile(forward) if compile else forward
-        if precision == "float32":
-            return forward
-
         @functools.wraps(forward)
         def call(*args: Any, **options: Any) -> Any:
             with torch.autocast(device, torch.bfloat16):
@@ -36,11 +29,30 @@ def lower_precision(networks: list[nn.Module], precision: str, device: str, comp
 
         return call
 
-    changed = networks if compile or precision != "float32" else []
-    for network in changed:
-        network.forward = lowered(network.forward)
+    with _changed([] if precision == "float32" else networks, lowered):
+        yield
+
+
+@contextlib.contextmanager
+def compiled(modules: list[nn.Module], mode: str | None = None) -> Iterator[None]:
+    """Run the modules compiled inside the block, in one of ``torch.compile``'s modes.
+
+    Outside they are as they were: what is measured after training would be compiled anew, for its own shapes.
+    """
+    with _changed(modules, functools.partial(torch.compile, mode=mode)):
+        yield
+
+
+@contextlib.contextmanager
+def _changed(modules: list[nn.Module], change: Callable[[Callable], Callable]) -> Iterator[None]:
+    before = [vars(module).get("forward") for module in modules]
+    for module in modules:
+        module.forward = change(module.forward)
     try:
         yield
     finally:
-        for network in changed:
-            del network.forward
+        for module, forward in zip(modules, before, strict=True):
+            if forward is None:
+                del module.forward
+            else:
+                module.forward = forward

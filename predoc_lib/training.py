@@ -24,7 +24,7 @@ from predoc_lib import checkpoint
 from predoc_lib.batches import Rows, Share, count_steps
 from predoc_lib.interruptions import ADVICE, Saved, TrainingError, loaded, name_lost_peers, stop_requests
 from predoc_lib.naming import unknown
-from predoc_lib.precision import PRECISIONS, lower_precision
+from predoc_lib.precision import PRECISIONS, compiled, lower_precision
 
 Loss = Callable[[nn.Module, Any, Rows], "Tensor | dict[str, Any]"]
 Evaluate = Callable[[nn.Module, slice], "dict[str, Tensor | float]"]
@@ -58,8 +58,9 @@ def fit(
     clip: float = 0.0,
     ema: float = 0.0,
     precision: str = "float32",
-    compile: bool = False,
+    compile: bool | str = False,
     networks: list[nn.Module] | None = None,
+    compilable: list[nn.Module] | None = None,
     accumulate: int = 1,
     workers: int = 0,
     evaluate: Evaluate | None = None,
@@ -90,8 +91,9 @@ def fit(
         clip: longest gradient; a longer one is scaled down. 0: none is.
         ema: decay of an exponential moving average of the weights, which is then evaluated and kept; 0: none.
         precision: "bfloat16" runs ``networks`` in it (autocast); all else stays as it is.
-        compile: compile ``networks`` with torch.compile.
-        networks: the modules that may run in lower precision or compiled; None: the whole model.
+        compile: compile ``compilable`` with torch.compile; a string is its mode.
+        networks: the modules that may run in lower precision; None: the whole model.
+        compilable: the modules that may be compiled; None: ``networks``.
         accumulate: parts into which every process divides its share of a batch, to save memory.
         workers: processes that load data.
         evaluate: evaluate(model, mine), the model in evaluation mode, without gradients: {name: one value a sample} of
@@ -140,6 +142,7 @@ def fit(
     if many:
         objective = accelerator.prepare(objective)
     networks = [model] if networks is None else networks
+    compilable = networks if compilable is None else compilable
     parameters = list(model.parameters())
     kept = {"model": model, "optimizer": optimizer, "schedule": schedule, "average": averaged}
     kept = {name: thing for name, thing in kept.items() if thing is not None}
@@ -202,7 +205,9 @@ def fit(
     )  # fmt: skip
     loader = share.load(data, range(run["step"] + 1, steps + 1), workers)
     with (
-        bar, stop_requests() as requests, lower_precision(networks, precision, device.type, compile),
+        bar, stop_requests() as requests,
+        compiled(compilable if compile else [], compile if isinstance(compile, str) else None),
+        lower_precision(networks, precision, device.type),
         name_lost_peers(share.processes, saved), contextlib.closing(loaded(loader, run, saved)) as batches,
     ):  # fmt: skip
         model.train()

@@ -21,6 +21,18 @@ from predoc_lib.naming import unknown
 
 PYRAMIDS = ("laplacian", "haar")
 OBJECTIVES = ("flow_matching", "likelihood")
+NEAR = 0.3  # flow matching draws times below it evenly
+
+
+def times(u: Float[Tensor, " B"]) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]]:
+    """Times t for flow matching, of u uniform in [0, 1), and the weights of the square errors there.
+
+    A velocity's square error costs the likelihood (1 - t) / t times as much (the weight of the evidence lower bound,
+    Kingma et al. 2021). Its integral has no end near the data, where dequantization noise hides what is left to know:
+    t has a density proportional to 1 / (t + NEAR), and the weight is 1 - t.
+    """
+    t = NEAR * ((1 + 1 / NEAR) ** u - 1)
+    return t, 1 - t
 
 
 class MSFlow(nn.Module):
@@ -185,8 +197,9 @@ class MSFlow(nn.Module):
 
         Args:
             images: as ``bits_per_dim``'s.
-            objective: "flow_matching", the mean square error of the velocity; "likelihood", bits/dim plus the
-                regularizers (eqs. 6.17, 6.18), each times its weight and the share of its scale in all numbers.
+            objective: "flow_matching", the square error of the velocity, weighted (see ``times``); "likelihood",
+                bits/dim plus the regularizers (eqs. 6.17, 6.18), each times its weight and the share of its scale in
+                all numbers.
             scale: the one that is trained, 0 the coarsest; None: all jointly.
             noise: as ``encode``'s; Hutchinson's is drawn from it too.
 
@@ -202,9 +215,8 @@ class MSFlow(nn.Module):
             flow, (x, cond, log_det) = self.flows[s], encoded[s]
             share = x[0].numel() / images[0].numel()
             if objective == "flow_matching":
-                # Squared: most of the density's detail is made near the data, at small t.
-                eps, t = noise.randn(*x.shape[1:]).to(x), noise.rand().to(x).square()
-                part = flow.flow_matching_loss(x, cond, eps, t) * share
+                eps, (t, weight) = noise.randn(*x.shape[1:]).to(x), times(noise.rand().to(x))
+                part = flow.flow_matching_loss(x, cond, eps, t, weight) * share
             else:
                 found = flow.loss(x, cond, noise)
                 part = (found["nll"] - log_det.mean()) / (images[0].numel() * math.log(2))

@@ -24,7 +24,9 @@ class Whitening(nn.Module):
 
     def forward(self, x: Float[Tensor, "B C H W"]) -> tuple[Float[Tensor, "B C H W"], Tensor]:
         """y, and log |det dy/dx| in nats, a 0-d tensor: the same for every x."""
-        y = torch.einsum("ij,bjhw->bihw", torch.linalg.inv(self.factor), x - self.mean[:, None, None])
+        identity = torch.eye(len(self.factor), dtype=self.factor.dtype, device=self.factor.device)
+        inverse = torch.linalg.solve_triangular(self.factor, identity, upper=False)
+        y = torch.einsum("ij,bjhw->bihw", inverse, x - self.mean[:, None, None])
         return y, -self.factor.diagonal().log().sum() * x.shape[-1] * x.shape[-2]
 
     def inverse(self, y: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:

@@ -206,6 +206,9 @@ def test_flow_matching_regresses_the_velocity_of_straight_lines_from_data_to_noi
         (f(t[i], ((1 - t[i]) * x[i] + t[i] * noise[i])[None])[0] - (noise[i] - x[i])).square().mean() for i in range(5)
     ]
     torch.testing.assert_close(found, torch.stack(each).mean())
+    weight = torch.rand(5)
+    found = CNF(f, (2,)).flow_matching_loss(x, noise=noise, t=t, weight=weight)
+    torch.testing.assert_close(found, (weight * torch.stack(each)).mean())
 
 
 def test_the_best_field_of_flow_matching_carries_a_gaussian_to_its_right_density():

@@ -11,6 +11,7 @@ from predoc_lib.data import photos
 from predoc_lib.experiments.msflow import EVALUATION
 from predoc_lib.msflow import MSFlow, pyramid
 from predoc_lib.msflow.fields import KINDS, LARGEST, Field
+from predoc_lib.msflow.model import NEAR, times
 
 TIGHT = {"rtol": 1e-8, "atol": 1e-8}
 READINGS = pytest.mark.parametrize(
@@ -232,6 +233,17 @@ def test_training_lowers_the_bits_per_dim(reading, objective):
         model.loss(images[step % 8 :: 8], objective).backward()
         optimizer.step()
     assert model.bits_per_dim(images, noise=Given(256)).mean() < before - 0.1
+
+
+def test_flow_matching_weighs_errors_as_the_likelihood_does_but_evenly_near_the_data():
+    """The mean of weight * g(t) over drawn times is, but for a factor, the integral of (1 - t) / (t + NEAR) g(t)."""
+    u = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
+    t, weight = times(u)
+    assert 0 <= t.min() < t.max() < 1
+    assert torch.all(t.diff() > 0)
+    for g in (lambda t: torch.ones_like(t), lambda t: t**2, lambda t: (3 * t).cos()):
+        expected = ((1 - u) / (u + NEAR) * g(u)).mean() / math.log(1 + 1 / NEAR)
+        torch.testing.assert_close((weight * g(t)).mean(), expected, atol=1e-8, rtol=0)
 
 
 def test_one_scale_trained_alone_gets_the_gradient_that_it_gets_beside_the_others():

@@ -7,7 +7,7 @@ from torch import nn
 
 from predoc_lib.experiments import features_to_frames, flow_warp, mimic, mimic_dusk, segmentation, yolo_dynamics
 from predoc_lib.experiments.config import build
-from predoc_lib.precision import layers_of, lower_precision
+from predoc_lib.precision import compiled, layers_of, lower_precision
 
 EXPERIMENTS = {
     "flow_warp": (flow_warp, {"steps": 2}),
@@ -45,3 +45,25 @@ def test_layers_are_convolutions_and_products_and_are_as_they_were_afterwards():
         assert lowered.dtype is torch.float32
     assert not torch.equal(lowered, before)
     assert torch.equal(model(x), before)
+
+
+@pytest.mark.slow
+def test_a_network_in_bfloat16_inside_a_compiled_module_is_both_and_both_are_undone():
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.seen = nn.Linear(3, 2), []
+
+        def forward(self, x):
+            self.seen.append((torch.compiler.is_compiling(), self.net(x).dtype))
+            return 2 * self.net(x)
+
+    outer, x = Outer(), torch.rand(4, 3)
+    before = outer(x)
+    with compiled([outer], "reduce-overhead"), lower_precision([outer.net], "bfloat16", "cpu"):
+        lowered = outer(x)
+    assert outer.seen == [(False, torch.float32), (True, torch.float32)]
+    assert not torch.equal(lowered, before)
+    torch.testing.assert_close(lowered, before, atol=0.05, rtol=0)
+    assert torch.equal(outer(x), before)
+    assert "forward" not in vars(outer) | vars(outer.net)
