@@ -110,7 +110,7 @@ RATES = (1e-3, 3e-3, 1e-2)
 # The width of a single scale makes it as large as three scales are. A likelihood's step, which solves, takes so long
 # that larger batches would leave it few of them. Steps of a trial run, and of the run itself.
 RACERS = {
-    "single-likelihood": ({"scales": 1, "width": 64, "objective": "likelihood", "batch_size": 32}, 90, 280),
+    "single-likelihood": ({"scales": 1, "width": 64, "objective": "likelihood", "batch_size": 32}, 90, 200),
     "multi-likelihood": ({"scales": 3, "width": 32, "objective": "likelihood", "batch_size": 32}, 150, 400),
     "single-flow_matching": ({"scales": 1, "width": 64, "objective": "flow_matching", "batch_size": 128}, 400, 1500),
     "multi-flow_matching": ({"scales": 3, "width": 32, "objective": "flow_matching", "batch_size": 128}, 400, 1700),
@@ -135,7 +135,7 @@ def race() -> dict[str, dict]:
         if name in BEST:
             runs[f"race16-{name}"] = same | {"steps": steps, "learning_rate": BEST[name]}
     # Once more, for longer: these two had not reached the single scale's likelihood.
-    for name, steps in (("multi-flow_matching", 20_000), ("multi-likelihood", 900)):
+    for name, steps in (("multi-flow_matching", 6000), ("multi-likelihood", 900)):
         runs[f"race16-{name}-long"] = runs[f"race16-{name}"] | {"steps": steps}
     return runs
 
