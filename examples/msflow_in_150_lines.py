@@ -106,7 +106,7 @@ class Scale(nn.Module):
 
     def loss(self, band, coarse):
         """Flow matching: velocities of straight lines from data to noise, errors weighted by (1 - t) / (t + 0.3)."""
-        y, t, noise = self.white(band), 0.3 * ((1 + 1 / 0.3) ** torch.rand(len(band)) - 1), torch.randn_like(band)
+        y, noise, t = self.white(band), torch.randn_like(band), 0.3 * ((1 + 1 / 0.3) ** torch.rand(len(band)) - 1)
         s = t.view(-1, 1, 1, 1)
         return ((1 - s) * (self(t, (1 - s) * y + s * noise, coarse) - (noise - y)).square()).mean()
 

@@ -172,7 +172,7 @@ class CNF(nn.Module):
         """Flow matching (Lipman et al. 2023): mean square of f(t, x_t) - (noise - x), x_t = (1 - t) x + t noise.
 
         No solve: the field learns the mean velocity of straight lines from data to noise. Noise and t are drawn here if
-        they are not given; a weight is every row's own. Raises ValueError as ``log_prob`` does.
+        they are not given; ``weight`` multiplies each row's mean square. Raises ValueError as ``log_prob`` does.
         """
         self._check(x, cond)
         noise = torch.randn_like(x) if noise is None else noise
@@ -181,7 +181,7 @@ class CNF(nn.Module):
         x_t = (1 - s) * x + s * noise
         velocity = self.f(t, x_t) if cond is None else self.f(t, x_t, cond)
         square = (velocity - (noise - x)).square()
-        return square.mean() if weight is None else (weight * square.flatten(1).mean(1)).mean()
+        return square.mean() if weight is None else (weight.view(-1) * square.flatten(1).mean(1)).mean()
 
     @torch.no_grad()
     def sample(self, n: int, cond: Tensor | None = None, noise: Tensor | None = None) -> Float[Tensor, "n ..."]:

@@ -10,6 +10,7 @@ from accelerate.utils import convert_to_fp32
 from torch import nn
 
 PRECISIONS = ("float32", "bfloat16")
+MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
 def layers_of(model: nn.Module) -> list[nn.Module]:
@@ -34,8 +35,8 @@ def lower_precision(networks: list[nn.Module], precision: str, device: str) -> I
 
 
 @contextlib.contextmanager
-def compiled(modules: list[nn.Module], mode: str | None = None) -> Iterator[None]:
-    """Run the modules compiled inside the block, in one of ``torch.compile``'s modes.
+def compiled(modules: list[nn.Module], mode: str = "default") -> Iterator[None]:
+    """Run the modules compiled inside the block, in one of ``MODES``, torch.compile's own.
 
     Outside they are as they were: what is measured after training would be compiled anew, for its own shapes.
     """

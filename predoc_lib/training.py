@@ -24,7 +24,7 @@ from predoc_lib import checkpoint
 from predoc_lib.batches import Rows, Share, count_steps
 from predoc_lib.interruptions import ADVICE, Saved, TrainingError, loaded, name_lost_peers, stop_requests
 from predoc_lib.naming import unknown
-from predoc_lib.precision import PRECISIONS, compiled, lower_precision
+from predoc_lib.precision import MODES, PRECISIONS, compiled, lower_precision
 
 Loss = Callable[[nn.Module, Any, Rows], "Tensor | dict[str, Any]"]
 Evaluate = Callable[[nn.Module, slice], "dict[str, Tensor | float]"]
@@ -91,7 +91,7 @@ def fit(
         clip: longest gradient; a longer one is scaled down. 0: none is.
         ema: decay of an exponential moving average of the weights, which is then evaluated and kept; 0: none.
         precision: "bfloat16" runs ``networks`` in it (autocast); all else stays as it is.
-        compile: compile ``compilable`` with torch.compile; a string is its mode.
+        compile: compile ``compilable`` with torch.compile; a string is its mode, one of ``precision.MODES``.
         networks: the modules that may run in lower precision; None: the whole model.
         compilable: the modules that may be compiled; None: ``networks``.
         accumulate: parts into which every process divides its share of a batch, to save memory.
@@ -128,6 +128,9 @@ def fit(
     share = Share(batch_size, accumulate, accelerator.num_processes, accelerator.process_index, seed)
     if precision not in PRECISIONS:
         raise ValueError(unknown("precision", precision, PRECISIONS))
+    mode = compile if isinstance(compile, str) else "default"
+    if mode not in MODES:
+        raise ValueError(unknown("mode of compile", mode, MODES))
     saved = Saved(folder, identity or {})
     found = saved.load()
     if tensorboard and folder:
@@ -206,7 +209,7 @@ def fit(
     loader = share.load(data, range(run["step"] + 1, steps + 1), workers)
     with (
         bar, stop_requests() as requests,
-        compiled(compilable if compile else [], compile if isinstance(compile, str) else None),
+        compiled(compilable if compile else [], mode),
         lower_precision(networks, precision, device.type),
         name_lost_peers(share.processes, saved), contextlib.closing(loaded(loader, run, saved)) as batches,
     ):  # fmt: skip

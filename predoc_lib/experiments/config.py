@@ -18,6 +18,10 @@ PRESETS = ("smoke", "book", "thesis")
 """``smoke``: seconds, for tests. ``book``: at most 15 minutes on 2 CPU cores. ``thesis``: the report's sizes."""
 
 DEVICES = ("auto", "cpu", "cuda")
+TWICE = (
+    "Parameter 'compile' must be False for objective {!r}: its loss holds a derivative, which training derives again, "
+    "and torch.compile cannot."
+)
 NO_GPU = "device 'cuda' was asked for, but PyTorch finds no GPU here. Use 'auto' or 'cpu'."
 
 

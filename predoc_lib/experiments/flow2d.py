@@ -19,7 +19,7 @@ from predoc_lib import checkpoint, results, training
 from predoc_lib.batches import Rows
 from predoc_lib.cnf import CNF
 from predoc_lib.data import densities
-from predoc_lib.experiments.config import TrainingConfig, choose_device, option
+from predoc_lib.experiments.config import TWICE, ConfigError, TrainingConfig, choose_device, option
 from predoc_lib.experiments.running import experiment, main
 
 Density = densities.Mixture | densities.Checkerboard
@@ -54,6 +54,11 @@ class Config(TrainingConfig):
         "book": {},
         "thesis": {"steps": 100_000, "width": 512, "batch_size": 4096, "learning_rate": 1e-3},
     }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.compile and self.objective != "flow_matching":
+            raise ConfigError(TWICE.format(self.objective))
 
 
 class PlanarField(nn.Module):

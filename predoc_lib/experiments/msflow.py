@@ -22,7 +22,7 @@ from predoc_lib.data import catalog
 from predoc_lib.data.images import SETS, image_set
 from predoc_lib.data.photos import PICTURES, photos, recoloured
 from predoc_lib.experiments import features
-from predoc_lib.experiments.config import ConfigError, TrainingConfig, choose_device, option
+from predoc_lib.experiments.config import TWICE, ConfigError, TrainingConfig, choose_device, option
 from predoc_lib.experiments.running import experiment, main
 from predoc_lib.metrics import frechet_distance
 from predoc_lib.msflow import MSFlow
@@ -83,6 +83,8 @@ class Config(TrainingConfig):
             )
         if self.per_scale and self.steps < self.scales:
             raise ConfigError(f"Parameter 'steps' must be at least {self.scales}, one a scale, got {self.steps}.")
+        if self.compile and self.objective == "likelihood":
+            raise ConfigError(TWICE.format(self.objective))
         if self.frechet and (self.frechet == 1 or self.channels == 1):
             raise ConfigError("Parameter 'frechet' must be at least 2 and needs images of 3 channels, or be 0.")
 
@@ -237,8 +239,9 @@ def run(config: Config, folder: Path | None = None, progress: bool | None = None
         return found | ({"frechet": distance(model, config)} if config.frechet else {})
 
     options = config.training(model)
-    if config.compile and config.objective == "flow_matching":
-        options["compile"] = "reduce-overhead"  # a field is called once a step: on a GPU, one CUDA graph each way
+    if config.compile and config.accumulate == 1 and config.ema:
+        # A field is called once a step (what is evaluated is the average, as it was): on a GPU, a CUDA graph each way.
+        options["compile"] = "reduce-overhead"
     done = training.fit(
         model, Crops(config) if crops else Images(train, config.augment), loss, **options,
         networks=model.networks, compilable=[flow.f for flow in model.flows], folder=folder, progress=progress,

@@ -21,15 +21,15 @@ from predoc_lib.naming import unknown
 
 PYRAMIDS = ("laplacian", "haar")
 OBJECTIVES = ("flow_matching", "likelihood")
-NEAR = 0.3  # flow matching draws times below it evenly
+NEAR = 0.3  # flow matching's weight of early times is 1 / (t + NEAR) instead of 1 / t
 
 
 def times(u: Float[Tensor, " B"]) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]]:
     """Times t for flow matching, of u uniform in [0, 1), and the weights of the square errors there.
 
-    A velocity's square error costs the likelihood (1 - t) / t times as much (the weight of the evidence lower bound,
-    Kingma et al. 2021). Its integral has no end near the data, where dequantization noise hides what is left to know:
-    t has a density proportional to 1 / (t + NEAR), and the weight is 1 - t.
+    In the evidence bound of the diffusion with the same marginals (Kingma et al. 2021), a velocity's square error has
+    the weight (1 - t) / t. Near the data no model's error is small, dequantization noise hides the other noise, and the
+    integral diverges: 1 / t becomes 1 / (t + NEAR), to which the density of t is proportional; 1 - t is left.
     """
     t = NEAR * ((1 + 1 / NEAR) ** u - 1)
     return t, 1 - t

@@ -24,6 +24,7 @@ class Whitening(nn.Module):
 
     def forward(self, x: Float[Tensor, "B C H W"]) -> tuple[Float[Tensor, "B C H W"], Tensor]:
         """y, and log |det dy/dx| in nats, a 0-d tensor: the same for every x."""
+        # not inv: it looks whether the matrix is singular, for which a GPU waits
         identity = torch.eye(len(self.factor), dtype=self.factor.dtype, device=self.factor.device)
         inverse = torch.linalg.solve_triangular(self.factor, identity, upper=False)
         y = torch.einsum("ij,bjhw->bihw", inverse, x - self.mean[:, None, None])

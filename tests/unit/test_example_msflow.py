@@ -73,6 +73,15 @@ def test_its_bits_per_dim_are_the_librarys(example, scales, library):
     torch.testing.assert_close(mine, theirs, rtol=0, atol=0.005)
 
 
+def test_its_loss_is_the_librarys(example, scales, library):
+    levels = example.crops(example.photographs()[1], 6)
+    torch.manual_seed(3)
+    parts = zip(scales, example.bands(levels), strict=True)
+    mine = sum(scale.loss(*part) * part[0][0].numel() for scale, part in parts) / levels[0].numel()
+    torch.manual_seed(3)
+    torch.testing.assert_close(mine, library.loss(levels.byte()), rtol=1e-4, atol=0)
+
+
 def test_its_samples_are_the_librarys(example, scales, library):
     torch.manual_seed(2)
     mine = example.sample(scales, 4)

@@ -86,6 +86,12 @@ def test_every_density_trains(tmp_path, name):
     assert rec["metrics"]["entropy"] == density(name).entropy()
 
 
+@pytest.mark.parametrize("objective", ["likelihood", "rnode"])
+def test_a_likelihood_is_not_compiled(objective):
+    with pytest.raises(ConfigError, match=f"'compile' must be False for objective '{objective}'"):
+        build(Config, objective=objective, compile=True)
+
+
 def test_an_unknown_density_is_named_with_the_nearest():
     with pytest.raises(ConfigError, match="spiral"):
         build(Config, density="spirals")

@@ -93,6 +93,22 @@ def test_fewer_steps_than_scales_are_refused_where_each_is_trained_by_itself():
         dataclasses.replace(TINY, per_scale=True, steps=1)
 
 
+def test_a_likelihood_is_not_compiled():
+    with pytest.raises(ConfigError, match="'compile' must be False for objective 'likelihood'"):
+        dataclasses.replace(TINY, objective="likelihood", compile=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [{}, {"accumulate": 2}], ids=str)
+def test_compiled_it_learns_the_same(more):
+    few = {"steps": 3, "batch_size": 4, "evaluate_every": 1, "ema": 0.9} | more
+    losses = [
+        [row["loss"] for row in run(dataclasses.replace(TINY, compile=way, **few), progress=False)["history"]]
+        for way in (False, True)
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
 def test_images_of_another_size_than_the_configs_are_refused(tmp_path):
     np.savez(tmp_path / "wide.npz", x=np.zeros((20, 4, 8, 3), np.uint8))
     with pytest.raises(ConfigError, match=r"holds images of \[3, 4, 8\].* ask for \[3, 8, 8\]"):

@@ -143,6 +143,25 @@ def test_a_multi_scale_flow_trains_measures_and_samples(pyramid, objective):
         assert_near(found, on_cpu.bits_per_dim(images.cpu(), noise=Drawn("cpu")), rtol=1e-3, atol=1e-3)
 
 
+def test_fields_as_cuda_graphs_learn_what_they_learn_without():
+    def losses(compile):
+        torch.manual_seed(0)
+        model = MSFlow(8, 3, 2, width=16, depth=1)
+        images = torch.randint(256, (64, 3, 8, 8), dtype=torch.uint8)
+        model.whiten(images)
+        return [
+            row["loss"]
+            for row in fit(
+                model, images, lambda model, images, rows: model.loss(images, noise=rows),
+                torch.optim.Adam(model.parameters(), lr=1e-3), steps=6, batch_size=16, evaluate_every=1, ema=0.9,
+                compile=compile, networks=model.networks, compilable=[flow.f for flow in model.flows], device=GPU,
+                progress=False,
+            ).history
+        ]  # fmt: skip
+
+    assert losses("reduce-overhead") == pytest.approx(losses(False), rel=1e-4)
+
+
 def test_backpropagation_keeps_memory_for_every_step_and_the_adjoint_does_not():
     f, x0 = Field(width=64, hidden=256).to(GPU), torch.randn(1024, 64, device=GPU, requires_grad=True)
     span = torch.tensor([0.0, 1.0], device=GPU)

@@ -235,7 +235,7 @@ def test_training_lowers_the_bits_per_dim(reading, objective):
     assert model.bits_per_dim(images, noise=Given(256)).mean() < before - 0.1
 
 
-def test_flow_matching_weighs_errors_as_the_likelihood_does_but_evenly_near_the_data():
+def test_flow_matching_weighs_errors_as_the_evidence_bound_does_but_less_near_the_data():
     """The mean of weight * g(t) over drawn times is, but for a factor, the integral of (1 - t) / (t + NEAR) g(t)."""
     u = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
     t, weight = times(u)
@@ -244,6 +244,18 @@ def test_flow_matching_weighs_errors_as_the_likelihood_does_but_evenly_near_the_
     for g in (lambda t: torch.ones_like(t), lambda t: t**2, lambda t: (3 * t).cos()):
         expected = ((1 - u) / (u + NEAR) * g(u)).mean() / math.log(1 + 1 / NEAR)
         torch.testing.assert_close((weight * g(t)).mean(), expected, atol=1e-8, rtol=0)
+
+
+@READINGS
+def test_the_loss_of_flow_matching_is_the_sum_of_its_scales_weighted_by_their_share_of_the_numbers(reading):
+    model, images, noise = random_model(4, 1, 2, **reading), some_images(5, 4, 1), Given(5)
+    expected = 0.0
+    for flow, (x, cond, _) in zip(model.flows, model.encode(images, noise), strict=True):
+        eps, (t, weight) = noise.randn(*x.shape[1:]), times(noise.rand())
+        x_t = torch.stack([(1 - s) * a + s * e for s, a, e in zip(t, x, eps, strict=True)])
+        square = (flow.f(t, x_t, *([] if cond is None else [cond])) - (eps - x)).square()
+        expected = expected + (weight * square.flatten(1).sum(1)).mean() / images[0].numel()
+    torch.testing.assert_close(model.loss(images, noise=Given(5)), expected)
 
 
 def test_one_scale_trained_alone_gets_the_gradient_that_it_gets_beside_the_others():

@@ -67,3 +67,10 @@ def test_a_network_in_bfloat16_inside_a_compiled_module_is_both_and_both_are_und
     torch.testing.assert_close(lowered, before, atol=0.05, rtol=0)
     assert torch.equal(outer(x), before)
     assert "forward" not in vars(outer) | vars(outer.net)
+
+    with compiled([outer.net]):
+        inner = outer.net.forward
+        with lower_precision([outer.net], "bfloat16", "cpu"):
+            torch.testing.assert_close(outer(x), lowered)
+        assert outer.net.forward is inner
+    assert torch.equal(outer(x), before)

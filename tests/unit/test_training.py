@@ -350,6 +350,7 @@ def test_data_that_cannot_be_loaded_are_named_with_the_step_and_the_cause(tmp_pa
     [
         ({"batch_size": 5, "accumulate": 2}, "multiple of processes times accumulate, 1 x 2, got 5"),
         ({"precision": "float16"}, "Unknown precision 'float16'"),
+        ({"compile": "reduce_overhead"}, "Unknown mode of compile 'reduce_overhead'. Did you mean 'reduce-overhead'?"),
         ({"steps": None}, "Give steps or epochs"),
         ({"steps": None, "epochs": 1}, "Endless data have no epochs"),
     ],
