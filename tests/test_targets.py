@@ -80,3 +80,32 @@ def test_a_quarter_of_an_hour_on_a_gpu_is_enough_for_3_5_bits_per_dim_on_cifar10
     found = record["metrics"]["test"]
     assert record["wall_time_s"] <= 15 * 60
     assert found["bits_per_dim"] + 2 * found["standard_error"] <= 3.5 < min(found["mixture"], found["webp"])
+
+
+def test_three_scales_are_where_one_scales_likelihood_gets_in_half_an_hour_in_half_of_it_by_flow_matching_in_a_20th():
+    race = {
+        name: results.load(results.RESULTS / "msflow" / f"race16-{name}")["history"]
+        for name in ("single-likelihood", "single-likelihood-long", "multi-likelihood", "multi-flow_matching")
+    }
+    steps = max(row["step"] for row in race["single-likelihood"] if row["seconds"] <= 1800)
+    baselines = race["single-likelihood"] + race["single-likelihood-long"]  # planned for fewer steps, and for more
+    target = min(row["bits_per_dim"] for row in baselines if row["step"] <= steps)
+    for name, share in (("multi-flow_matching", 1 / 20), ("multi-likelihood", 1 / 2)):
+        assert min(row["bits_per_dim"] for row in race[name] if row["seconds"] <= 1800 * share) <= target
+
+
+@pytest.mark.parametrize(("name", "minutes", "lead"), [("seed0", 6, 0.05), ("long", 30, 0.25)])
+def test_minutes_of_flow_matching_are_enough_to_beat_the_mixture_on_each_picture(name, minutes, lead):
+    record = results.load(results.RESULTS / "msflow" / f"photos16-haar-flow_matching-{name}")
+    assert record["wall_time_s"] <= 60 * minutes
+    for picture in ("chelsea", "flower"):
+        found = record["metrics"][picture]
+        assert found["bits_per_dim"] <= found["mixture"] - lead
+        assert found["bits_per_dim"] < found["webp"]
+
+
+def test_an_hour_on_two_cores_is_enough_for_3_7_bits_per_dim_on_cifar10():
+    record = results.load(results.RESULTS / "msflow" / "cifar10_subset-haar-flow_matching")
+    found = record["metrics"]["test"]
+    assert record["wall_time_s"] <= 3600
+    assert found["bits_per_dim"] + 2 * found["standard_error"] <= 3.70 < min(found["mixture"], found["webp"])
