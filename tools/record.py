@@ -107,8 +107,8 @@ GPU = {
     "steps": 8400, "evaluate_every": 2100, "device": "cuda",
 }  # fmt: skip
 RATES = (1e-3, 3e-3, 1e-2)
-# The width of a single scale makes it as large as three scales are; of the batches of 32 and 128, each has what it
-# learns more from in the same time. Steps of a trial run, and of the run itself.
+# The width of a single scale makes it as large as three scales are. The cheapest step takes more images, which one
+# scale's flow matching learns less from in the same time. Steps of a trial run, and of the run itself.
 RACERS = {
     "single-likelihood": ({"scales": 1, "width": 64, "objective": "likelihood", "batch_size": 32}, 90, 200),
     "multi-likelihood": ({"scales": 3, "width": 32, "objective": "likelihood", "batch_size": 32}, 150, 400),
