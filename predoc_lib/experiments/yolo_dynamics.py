@@ -45,7 +45,7 @@ class Config(TrainingConfig):
     """What a run of this experiment is made of."""
 
     steps: int = option(6000, "optimizer steps", low=1)
-    batch_size: int = option(8, "clips a step", low=1)
+    batch_size: int = option(16, "clips a step", low=1)
     learning_rate: float = option(2e-3, "the highest, of Adam with warm-up and cosine decay", low=1e-8)
     clip: float = option(5.0, "longest gradient, a longer one is scaled down; 0: none is", low=0)
     video: str = option("", "a video file or folder of frames, also below PREDOC_DATA; empty: drawn drives")
@@ -66,14 +66,14 @@ class Config(TrainingConfig):
     gradient_weight: float = option(0.0, "weight of the gradient difference (the report: 0)", low=0)
     horizon: int = option(TRAINED, "frames trained to predict (the report: 3)", low=1)
     labels_above: float = option(0.3, "confidence of the detector's own boxes that count as labels", low=0)
-    n_train: int = option(2000, "drives that are drawn, each also mirrored", low=1)
+    n_train: int = option(4000, "drives that are drawn, each also mirrored", low=1)
     n_test: int = option(100, "unseen drives", low=1)
 
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "smoke": {"steps": 10, "batch_size": 4, "n_train": 4, "n_test": 4, "width": 8},
         "book": {},
         "thesis": {
-            "steps": 20_000, "batch_size": 32, "n_train": 4000, "width": 96, "moves": False, "heads_weight": 0.0,
+            "steps": 20_000, "batch_size": 32, "width": 96, "moves": False, "heads_weight": 0.0,
             "balanced": False, "kinetic": 0.0, "n_test": 400,
         },
     }  # fmt: skip
