@@ -109,28 +109,6 @@ class Critic(nn.Module):
         """The logit of each patch being of a true frame."""
         return self.net(F.pixel_unshuffle(frames, 2))
 
-    def game(self, made: Frames, true: Frames) -> Float[Tensor, ""]:
-        """What the critic minimizes, and the maker of the frames maximizes: both by one backward pass.
-
-        The gradient changes its sign on its way back to the frames (Ganin and Lempitsky 2015), so critic and maker
-        descend and climb at once, by one optimizer.
-        """
-        return F.softplus(-self(true)).mean() + F.softplus(self(Reversed.apply(made))).mean()
-
-
-class Reversed(torch.autograd.Function):
-    """x, whose gradient has the other sign."""
-
-    @staticmethod
-    def forward(ctx, x: Frames) -> Frames:
-        """x."""
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, gradient: Frames) -> Frames:
-        """Minus what comes."""
-        return -gradient
-
 
 def total_variation(image: Frames) -> Float[Tensor, " B"]:
     """Mean absolute step from pixel to pixel."""

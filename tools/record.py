@@ -166,6 +166,8 @@ def yolo_dynamics() -> dict[str, dict]:
         "road-ode-report": {"moves": False, "heads_weight": 0.0},
         "road-ode-random": {"dynamics": "random"},
         "road-ode-gradient": {"gradient_weight": 0.5},
+        "road-ode-adversarial": {"adversarial_weight": 0.05},
+        "road-ode-horizon": {"horizon": 6},
     }
     runs |= {name: run | SHORT for name, run in short.items()}
     real = {"video": "driving/solidWhiteRight.mp4", "detector": "yolo/yolo-fastest-1.1.cfg"} | SHORT | {"steps": 500}

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from predoc_lib import checkpoint, metrics, results, training
+from predoc_lib.adversarial import game
 from predoc_lib.batches import Rows
 from predoc_lib.experiments import yolo_dynamics
 from predoc_lib.experiments.config import ConfigError, TrainingConfig, choose_device, option
@@ -168,7 +169,7 @@ def objective(config: Config, network: Darknet) -> Callable[[Model, dict[str, An
                 parts["cycle"] = distance(model, network.features(made.clamp(0, 1)), true).mean()
                 total = total + config.cycle_weight * parts["cycle"]
             if config.adversarial_weight:
-                parts["game"] = model.critic.game(made, target)
+                parts["game"] = game(model.critic, made, target)
                 total = total + config.adversarial_weight * parts["game"]
         return {"loss": total} | parts
 

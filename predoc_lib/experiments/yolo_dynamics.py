@@ -30,7 +30,7 @@ from predoc_lib.precision import layers_of
 from predoc_lib.yolo import Darknet
 from predoc_lib.yolo.dynamics import CopyLast, Extrapolation, FeatureGRU, FeatureModel, FeatureODE, Features
 from predoc_lib.yolo.futures import RandomFeatureODE
-from predoc_lib.yolo.objectives import gaussian, gradient_difference, heads_loss, mse
+from predoc_lib.yolo.objectives import FeatureCritic, gaussian, gradient_difference, heads_loss, mse
 
 TRAINING_SHARE = 0.7  # of a video's frames, the first; the others are measured
 MODELS = {"ode": FeatureODE, "gru": FeatureGRU, "random": RandomFeatureODE}
@@ -64,6 +64,7 @@ class Config(TrainingConfig):
     balanced: bool = option(True, "every class has the same say in that loss, else every object has")
     kinetic: float = option(2.0, "weight of the state's kinetic energy, eq. 6.17 (the report: 0)", low=0)
     gradient_weight: float = option(0.0, "weight of the gradient difference (the report: 0)", low=0)
+    adversarial_weight: float = option(0.0, "of a critic that tells predicted features from true ones", low=0)
     horizon: int = option(TRAINED, "frames trained to predict (the report: 3)", low=1)
     labels_above: float = option(0.3, "confidence of the detector's own boxes that count as labels", low=0)
     n_train: int = option(4000, "drives that are drawn, each also mirrored", low=1)
@@ -104,8 +105,10 @@ def load_detector(config: Config) -> Darknet:
 
 
 def build_model(config: Config, network: Darknet) -> FeatureModel:
-    """The untrained model of a Config, for the detector's features."""
-    return MODELS[config.dynamics](network.shapes, config.width, config.moves)
+    """The untrained model of a Config, for the detector's features; its ``critic`` is a network or None."""
+    model = MODELS[config.dynamics](network.shapes, config.width, config.moves)
+    model.critic = FeatureCritic(network.shapes) if config.adversarial_weight else None
+    return model
 
 
 def load(folder: Path) -> tuple[FeatureModel, Darknet, Config]:
@@ -186,6 +189,9 @@ def run(config: Config, folder: Path | None = None, progress: bool | None = None
             total = total + config.kinetic * energy
         if config.gradient_weight:
             total = total + config.gradient_weight * gradient_difference(guess, future, model.scales)
+        if config.adversarial_weight:
+            parts["game"] = model.critic.game(guess, future, model.scales)
+            total = total + config.adversarial_weight * parts["game"]
         return {"loss": total} | parts
 
     def follow(model: FeatureModel, mine: slice) -> dict[str, Tensor]:
@@ -216,6 +222,7 @@ def run(config: Config, folder: Path | None = None, progress: bool | None = None
         metrics["aside"] = precisions(network, predictors, aside, config.labels_above)
     if config.dynamics == "random":
         metrics["futures"] = futures(network, model, test, config.labels_above, DRAWS, config.seed)
+    model.critic = None  # it predicts nothing
     metrics["parameters"] = sum(p.numel() for p in model.parameters())
     return results.record(
         "yolo_dynamics", config, metrics, device=device, wall_time_s=done.seconds,

@@ -2,12 +2,13 @@
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import box_convert, complete_box_iou_loss
 
+from predoc_lib.adversarial import game
 from predoc_lib.yolo.darknet import Darknet
-from predoc_lib.yolo.dynamics import Features
+from predoc_lib.yolo.dynamics import Features, Shapes
 from predoc_lib.yolo.layers import Yolo
 
 BOX = 5.0  # weight of the boxes in the loss of the heads, as in ``detection_loss``
@@ -43,6 +44,31 @@ def gradient_difference(predicted: Features, true: Features, scales: list[Tensor
             difference = ((x / scale).diff(dim=axis).abs() - (y / scale).diff(dim=axis).abs()).abs()
             total, count = total + difference.sum(), count + difference.numel()
     return total / count
+
+
+class FeatureCritic(nn.Module):
+    """Tells true features from predicted ones, in every cell of every head by the cells around it (Isola et al. 2017).
+
+    Args:
+        shapes: of the heads' features, ``Darknet.shapes``.
+        width: channels of its layers.
+    """
+
+    def __init__(self, shapes: Shapes, width: int = 48) -> None:
+        super().__init__()
+        self.nets = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(shape[0], width, 1), nn.SiLU(), nn.Conv2d(width, width, 3, padding=1), nn.SiLU(),
+                nn.Conv2d(width, 1, 1),
+            )
+            for shape in shapes
+        )  # fmt: skip
+
+    def game(self, predicted: Features, true: Features, scales: list[Tensor]) -> Float[Tensor, ""]:
+        """What the critic minimizes and the model maximizes, see ``adversarial.game``: the mean over the heads."""
+        heads = zip(self.nets, predicted, true, scales, strict=True)
+        games = [game(net, (x / scale).flatten(0, 1), (y / scale).flatten(0, 1)) for net, x, y, scale in heads]
+        return sum(games) / len(games)
 
 
 def heads_loss(

@@ -28,13 +28,15 @@ def counted(frames, drives=1):
 
 @pytest.mark.parametrize("dynamics", ["ode", "gru"])
 def test_a_run_leaves_a_record_and_weights_that_measure_the_same(tmp_path, dynamics):
-    config = Config(**vars(TINY) | {"dynamics": dynamics, "gradient_weight": 0.5})
+    config = Config(**vars(TINY) | {"dynamics": dynamics, "gradient_weight": 0.5, "adversarial_weight": 0.1})
     record = run(config, tmp_path / "run", progress=False)
     assert results.load(tmp_path / "run") == record
     assert set(record["metrics"]["truth"]) == {f"{t:g}" for t in AHEAD.tolist()}
     model, network, again = load(tmp_path / "run")
     assert again == config
     assert {"tracked", "detector"} < set(record["metrics"]["truth"]["3"])
+    critic = sum(p.numel() for p in model.critic.parameters())
+    assert record["metrics"]["parameters"] == sum(p.numel() for p in model.parameters()) - critic
     _, validation, test = data_of(config, network)
     predictors = {dynamics: model, "copy-last": CopyLast(), "extrapolation": Extrapolation()}
     found = measure(network, predictors, test, validation, config.labels_above)
@@ -53,6 +55,16 @@ def test_the_loss_is_of_features_heads_and_energy(balanced, kinetic):
     assert ("energy" in row) == bool(kinetic)
     other = run(Config(**vars(config) | {"balanced": not balanced}), progress=False)["history"][0]
     assert other["heads"] != pytest.approx(row["heads"], rel=1e-4)
+
+
+def test_a_critics_game_is_added_to_the_loss_and_changes_what_is_learned():
+    config = Config(**vars(TINY) | {"adversarial_weight": 0.3})
+    first, last = (run(Config(**vars(config) | {"steps": n}), progress=False)["history"][0] for n in (1, 2))
+    assert first["loss"] == pytest.approx(
+        first["mse"] + 0.5 * first["heads"] + 2 * first["energy"] + 0.3 * first["game"]
+    )
+    without = run(TINY, progress=False)["history"][0]
+    assert last["error3"] != without["error3"]
 
 
 def test_a_training_step_evaluates_the_field_twice_a_frame():

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from predoc_lib.adversarial import game
 from predoc_lib.frames import Critic, LastFrameDecoder, PlainDecoder, optimize, total_variation
 
 SHAPES = [(5, 2, 3), (4, 4, 6)]
@@ -87,7 +88,7 @@ def test_a_search_that_goes_astray_gives_the_best_and_says_so():
 def test_the_critic_descends_what_the_maker_climbs():
     torch.manual_seed(0)
     critic, made, true = Critic(4), torch.rand(2, 3, 16, 16, requires_grad=True), torch.rand(2, 3, 16, 16)
-    loss = critic.game(made, true)
+    loss = game(critic, made, true)
     loss.backward()
     honest = F.softplus(-critic(true)).mean() + F.softplus(critic(made)).mean()
     assert loss.item() == pytest.approx(honest.item())

@@ -9,6 +9,7 @@ from torch.distributions import Bernoulli, Normal, kl_divergence
 from predoc_lib.yolo import ROAD, Darknet
 from predoc_lib.yolo.objectives import (
     FLOOR,
+    FeatureCritic,
     class_weights,
     divergence,
     gaussian,
@@ -144,3 +145,24 @@ def test_the_gaussian_likelihood_is_that_of_each_channels_own_variance():
     numbers = sum(y.numel() for y in true)
     constant = 0.5 + 0.5 * math.log(2 * math.pi)  # of each number, at the best variance
     assert gaussian(predicted, true, ones).item() == pytest.approx(least.item() / numbers - constant, abs=1e-4)
+
+
+def test_the_critic_of_features_learns_to_tell_them_while_they_grow_more_alike(network):
+    """By one backward pass: its weights descend the game, predicted features climb it."""
+    torch.manual_seed(0)
+    critic = FeatureCritic(network.shapes, 4).double()
+    scales = [torch.full((shape[0], 1, 1), 2.0, dtype=torch.float64) for shape in network.shapes]
+    true = [x[:, None] for x in features(network)]
+    made = [(x + 1).requires_grad_() for x in true]
+    loss = critic.game(made, true, scales)
+    loss.backward()
+    words = [
+        (net(x[:, 0] / 2), net(y[:, 0] / 2)) for net, x, y in zip(critic.nets, made, true, strict=True)
+    ]  # fmt: skip
+    honest = sum((1 + x.exp()).log().mean() + (1 + (-y).exp()).log().mean() for x, y in words) / 2
+    torch.testing.assert_close(loss, honest)
+    weights = list(critic.parameters())
+    wanted = torch.autograd.grad(honest, [*weights, *made])
+    for found, gradient in zip((*weights, *made), wanted, strict=True):
+        sign = -1 if any(found is x for x in made) else 1
+        torch.testing.assert_close(found.grad, sign * gradient)
