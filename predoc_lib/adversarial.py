@@ -9,7 +9,8 @@ from torch.nn import functional as F
 def game(critic: nn.Module, made: Float[Tensor, "*any"], true: Float[Tensor, "*any"]) -> Float[Tensor, ""]:
     """What the critic minimizes, and the maker of what is made maximizes.
 
-    The critic's logits say what is true. The gradient changes its sign on its way back to what is made (Ganin and
+    The critic's logits say what is true. It is the game in its first form: where the critic is sure, the maker's
+    gradient vanishes. The gradient changes its sign on its way back to what is made (Ganin and
     Lempitsky 2015), so critic and maker descend and climb at once, by one optimizer.
     """
     return F.softplus(-critic(true)).mean() + F.softplus(critic(Reversed.apply(made))).mean()

@@ -26,7 +26,8 @@ PLAIN = {"layout": "plain", "learning_rate": 1e-3}  # at 3e-3 it stays at the me
 # At 3e-3 both diverged, the ODE at step 1700: its field came to turn by 7 radians a frame, which rk4 with steps of one
 # frame makes grow a hundredfold a step (it is stable up to 2.8).
 CAREFUL = {"learning_rate": 1.5e-3, "step_size": 0.5}
-SHORT = {"n_train": 700, "steps": 2000, "batch_size": 8, "balanced": False, "kinetic": 0.0}  # at a tenth of the price
+LONG = {"n_train": 4000, "batch_size": 16, "precision": "bfloat16"}  # where a processor has its instructions
+SHORT = {"n_train": 700, "steps": 2000, "balanced": False, "kinetic": 0.0}
 KEEP = {  # runs whose weights a chapter loads
     "latent_ode": ("digits32-1-stride1-ode-seed0", "digits32-2-stride2-ode-seed0", "mnist64-2-stride2-ode-seed0"),
     "msflow": ("photos16-haar-flow_matching-seed0", "photos16-haar-flow_matching-long"),
@@ -152,13 +153,11 @@ def yolo_detector() -> dict[str, dict]:
 
 
 def yolo_dynamics() -> dict[str, dict]:
-    """The same: features of the drawn road through time, the ODE and its rival; short runs of what each choice buys."""
+    """The same: the road's features through time, the ODE and its rival, on fewer drives too; what each choice buys."""
     kinds = {"ode": {}, "gru": {"dynamics": "gru", "moves": False}}
     seeds = [(kind, own, seed) for seed in (0, 1, 2) for kind, own in kinds.items()]
-    # Where a processor has instructions for bfloat16 it takes less time.
-    runs = {f"road-{kind}-seed{seed}": own | {"precision": "bfloat16", "seed": seed} for kind, own, seed in seeds}
-    fewer = {"n_train": 2000, "batch_size": 8}
-    runs |= {f"road-{kind}-2000-seed{seed}": own | fewer | {"seed": seed} for kind, own, seed in seeds}
+    runs = {f"road-{kind}-seed{seed}": own | LONG | {"seed": seed} for kind, own, seed in seeds}
+    runs |= {f"road-{kind}-2000-seed{seed}": own | {"seed": seed} for kind, own, seed in seeds}
     short = {f"road-{kind}-short-seed{seed}": own | {"seed": seed} for kind, own, seed in seeds}
     short |= {
         "road-gru-moves": {"dynamics": "gru"},
@@ -170,6 +169,7 @@ def yolo_dynamics() -> dict[str, dict]:
         "road-ode-gradient": {"gradient_weight": 0.5},
         "road-ode-adversarial": {"adversarial_weight": 0.05},
         "road-ode-horizon": {"horizon": 6},
+        "road-ode-key": {"horizon": 6, "key_frames": 2},
     }
     runs |= {name: run | SHORT for name, run in short.items()}
     real = {"video": "driving/solidWhiteRight.mp4", "detector": "yolo/yolo-fastest-1.1.cfg"} | SHORT | {"steps": 500}

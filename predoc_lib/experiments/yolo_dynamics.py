@@ -30,7 +30,7 @@ from predoc_lib.precision import layers_of
 from predoc_lib.yolo import Darknet
 from predoc_lib.yolo.dynamics import CopyLast, Extrapolation, FeatureGRU, FeatureModel, FeatureODE, Features
 from predoc_lib.yolo.futures import RandomFeatureODE
-from predoc_lib.yolo.objectives import FeatureCritic, gaussian, gradient_difference, heads_loss, mse
+from predoc_lib.yolo.objectives import adversarial, critics, gaussian, gradient_difference, heads_loss, mse
 
 TRAINING_SHARE = 0.7  # of a video's frames, the first; the others are measured
 MODELS = {"ode": FeatureODE, "gru": FeatureGRU, "random": RandomFeatureODE}
@@ -45,7 +45,7 @@ class Config(TrainingConfig):
     """What a run of this experiment is made of."""
 
     steps: int = option(6000, "optimizer steps", low=1)
-    batch_size: int = option(16, "clips a step", low=1)
+    batch_size: int = option(8, "clips a step", low=1)
     learning_rate: float = option(2e-3, "the highest, of Adam with warm-up and cosine decay", low=1e-8)
     clip: float = option(5.0, "longest gradient, a longer one is scaled down; 0: none is", low=0)
     video: str = option("", "a video file or folder of frames, also below PREDOC_DATA; empty: drawn drives")
@@ -64,17 +64,18 @@ class Config(TrainingConfig):
     balanced: bool = option(True, "every class has the same say in that loss, else every object has")
     kinetic: float = option(2.0, "weight of the state's kinetic energy, eq. 6.17 (the report: 0)", low=0)
     gradient_weight: float = option(0.0, "weight of the gradient difference (the report: 0)", low=0)
-    adversarial_weight: float = option(0.0, "of a critic that tells predicted features from true ones", low=0)
+    adversarial_weight: float = option(0.0, "weight of the game with a critic (the report: 0)", low=0)
     horizon: int = option(TRAINED, "frames trained to predict (the report: 3)", low=1)
+    key_frames: int = option(1, "of these, train on every such frame alone (the report: 1)", low=1)
     labels_above: float = option(0.3, "confidence of the detector's own boxes that count as labels", low=0)
-    n_train: int = option(4000, "drives that are drawn, each also mirrored", low=1)
+    n_train: int = option(2000, "drives that are drawn, each also mirrored", low=1)
     n_test: int = option(100, "unseen drives", low=1)
 
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "smoke": {"steps": 10, "batch_size": 4, "n_train": 4, "n_test": 4, "width": 8},
         "book": {},
         "thesis": {
-            "steps": 20_000, "batch_size": 32, "width": 96, "moves": False, "heads_weight": 0.0,
+            "steps": 20_000, "batch_size": 32, "n_train": 4000, "width": 96, "moves": False, "heads_weight": 0.0,
             "balanced": False, "kinetic": 0.0, "n_test": 400,
         },
     }  # fmt: skip
@@ -83,6 +84,11 @@ class Config(TrainingConfig):
         super().__post_init__()
         if self.stride % 2:
             raise ConfigError(f"Parameter 'stride' must be even: frames half-way are measured too. Got {self.stride}.")
+        if self.horizon % self.key_frames:
+            raise ConfigError(
+                f"Parameter 'key_frames' must divide 'horizon': the last frame is one. Got {self.key_frames} and "
+                f"{self.horizon}."
+            )
 
 
 def find(path: str) -> Path:
@@ -105,9 +111,9 @@ def load_detector(config: Config) -> Darknet:
 
 
 def build_model(config: Config, network: Darknet) -> FeatureModel:
-    """The untrained model of a Config, for the detector's features; its ``critic`` is a network or None."""
+    """The untrained model of a Config, for the detector's features; its ``critics`` are networks or None."""
     model = MODELS[config.dynamics](network.shapes, config.width, config.moves)
-    model.critic = FeatureCritic(network.shapes) if config.adversarial_weight else None
+    model.critics = critics(network.shapes) if config.adversarial_weight else None
     return model
 
 
@@ -120,6 +126,7 @@ def load(folder: Path) -> tuple[FeatureModel, Darknet, Config]:
     config = Config(**BEFORE | results.load(folder)["config"])
     network = load_detector(config)
     model = checkpoint.load_weights(build_model(config, network), Path(folder) / "weights.safetensors")
+    model.critics = None  # they predict nothing
     return model.eval(), network, config
 
 
@@ -169,15 +176,17 @@ def run(config: Config, folder: Path | None = None, progress: bool | None = None
     model = build_model(config, network).to(device)
     model.set_scales([x[:256] for x in clips.features])
     t = torch.arange(float(CONTEXT + config.horizon), device=device)
+    trained = [*range(CONTEXT), *range(CONTEXT + config.key_frames - 1, len(t), config.key_frames)]
 
     def loss(model: FeatureModel, features: Features, rows: Rows) -> dict[str, Any]:
+        features, times = [x[:, trained] for x in features], t[trained]
         context, future = [x[:, :CONTEXT] for x in features], [x[:, CONTEXT:] for x in features]
         parts, total = {}, 0.0
         if config.dynamics == "random":
-            guess, parts["kl"], energy = model.guided(features, t, CONTEXT)
+            guess, parts["kl"], energy = model.guided(features, times, CONTEXT)
             total = config.kl_weight * parts["kl"]
         else:
-            guess, energy = model.predict_with_energy(context, t[:CONTEXT], t[CONTEXT:])
+            guess, energy = model.predict_with_energy(context, times[:CONTEXT], times[CONTEXT:])
         parts[config.likelihood] = LIKELIHOODS[config.likelihood](guess, future, model.scales)
         total = total + parts[config.likelihood]
         if config.heads_weight:
@@ -190,12 +199,12 @@ def run(config: Config, folder: Path | None = None, progress: bool | None = None
         if config.gradient_weight:
             total = total + config.gradient_weight * gradient_difference(guess, future, model.scales)
         if config.adversarial_weight:
-            parts["game"] = model.critic.game(guess, future, model.scales)
+            parts["game"] = adversarial(model.critics, guess, future, model.scales)
             total = total + config.adversarial_weight * parts["game"]
         return {"loss": total} | parts
 
     def follow(model: FeatureModel, mine: slice) -> dict[str, Tensor]:
-        """The error of validation features, in the channels' units, at the last frame trained and at the last."""
+        """The error of validation features, in the channels' units, at three frames ahead and at the last."""
         context, future = ([x[:64][mine].float() for x in y] for y in (validation.context, validation.future))
         ends = [i for i, ahead in enumerate(AHEAD.tolist()) if ahead in (TRAINED, AHEAD[-1])]
         guess = model.predict(context, t[:CONTEXT], CONTEXT - 1 + AHEAD[ends].to(device))
@@ -222,7 +231,7 @@ def run(config: Config, folder: Path | None = None, progress: bool | None = None
         metrics["aside"] = precisions(network, predictors, aside, config.labels_above)
     if config.dynamics == "random":
         metrics["futures"] = futures(network, model, test, config.labels_above, DRAWS, config.seed)
-    model.critic = None  # it predicts nothing
+    model.critics = None  # they predict nothing
     metrics["parameters"] = sum(p.numel() for p in model.parameters())
     return results.record(
         "yolo_dynamics", config, metrics, device=device, wall_time_s=done.seconds,

@@ -1,4 +1,4 @@
-"""What predicted features are trained with: their own error, and what the detector's heads make of them."""
+"""What predicted features are trained with: their error, what the detector's heads make of them, and a critic."""
 
 import torch
 from jaxtyping import Float
@@ -46,29 +46,29 @@ def gradient_difference(predicted: Features, true: Features, scales: list[Tensor
     return total / count
 
 
-class FeatureCritic(nn.Module):
-    """Tells true features from predicted ones, in every cell of every head by the cells around it (Isola et al. 2017).
+def critics(shapes: Shapes, width: int = 48) -> nn.ModuleList:
+    """A network for each head that tells true features from predicted ones, cell by cell (Isola et al. 2017).
+
+    Each looks at one frame alone, at every cell and the cells around it.
 
     Args:
         shapes: of the heads' features, ``Darknet.shapes``.
-        width: channels of its layers.
+        width: channels of their layers.
     """
+    return nn.ModuleList(
+        nn.Sequential(
+            nn.Conv2d(shape[0], width, 1), nn.SiLU(), nn.Conv2d(width, width, 3, padding=1), nn.SiLU(),
+            nn.Conv2d(width, 1, 1),
+        )
+        for shape in shapes
+    )  # fmt: skip
 
-    def __init__(self, shapes: Shapes, width: int = 48) -> None:
-        super().__init__()
-        self.nets = nn.ModuleList(
-            nn.Sequential(
-                nn.Conv2d(shape[0], width, 1), nn.SiLU(), nn.Conv2d(width, width, 3, padding=1), nn.SiLU(),
-                nn.Conv2d(width, 1, 1),
-            )
-            for shape in shapes
-        )  # fmt: skip
 
-    def game(self, predicted: Features, true: Features, scales: list[Tensor]) -> Float[Tensor, ""]:
-        """What the critic minimizes and the model maximizes, see ``adversarial.game``: the mean over the heads."""
-        heads = zip(self.nets, predicted, true, scales, strict=True)
-        games = [game(net, (x / scale).flatten(0, 1), (y / scale).flatten(0, 1)) for net, x, y, scale in heads]
-        return sum(games) / len(games)
+def adversarial(critics: nn.ModuleList, predicted: Features, true: Features, scales: list[Tensor]) -> Float[Tensor, ""]:
+    """What the critics minimize and the predictor maximizes, see ``adversarial.game``: the mean over the heads."""
+    heads = zip(critics, predicted, true, scales, strict=True)
+    games = [game(critic, (x / scale).flatten(0, 1), (y / scale).flatten(0, 1)) for critic, x, y, scale in heads]
+    return sum(games) / len(games)
 
 
 def heads_loss(

@@ -35,8 +35,7 @@ def test_a_run_leaves_a_record_and_weights_that_measure_the_same(tmp_path, dynam
     model, network, again = load(tmp_path / "run")
     assert again == config
     assert {"tracked", "detector"} < set(record["metrics"]["truth"]["3"])
-    critic = sum(p.numel() for p in model.critic.parameters())
-    assert record["metrics"]["parameters"] == sum(p.numel() for p in model.parameters()) - critic
+    assert record["metrics"]["parameters"] == sum(p.numel() for p in model.parameters())
     _, validation, test = data_of(config, network)
     predictors = {dynamics: model, "copy-last": CopyLast(), "extrapolation": Extrapolation()}
     found = measure(network, predictors, test, validation, config.labels_above)
@@ -58,17 +57,43 @@ def test_the_loss_is_of_features_heads_and_energy(balanced, kinetic):
 
 
 def test_a_critics_game_is_added_to_the_loss_and_changes_what_is_learned():
-    config = Config(**vars(TINY) | {"adversarial_weight": 0.3})
+    plain = Config(**vars(TINY) | {"clip": 0.0})  # a clipped gradient feels every other
+    config = Config(**vars(plain) | {"adversarial_weight": 0.3})
     first, last = (run(Config(**vars(config) | {"steps": n}), progress=False)["history"][0] for n in (1, 2))
     assert first["loss"] == pytest.approx(
         first["mse"] + 0.5 * first["heads"] + 2 * first["energy"] + 0.3 * first["game"]
     )
-    without = run(TINY, progress=False)["history"][0]
-    assert last["error3"] != without["error3"]
+    without = run(plain, progress=False)["history"][0]
+    assert last["error3"] != pytest.approx(without["error3"], rel=1e-5)
 
 
-def test_a_training_step_evaluates_the_field_twice_a_frame():
-    assert run(TINY, progress=False)["evaluations"] == 2 * TINY.horizon
+@pytest.mark.parametrize(("horizon", "key_frames"), [(3, 1), (6, 1), (6, 2)])
+def test_a_training_step_evaluates_the_field_twice_a_frame(horizon, key_frames):
+    config = Config(**vars(TINY) | {"horizon": horizon, "key_frames": key_frames})
+    assert run(config, progress=False)["evaluations"] == 2 * horizon
+
+
+def test_key_frames_alone_are_learned(monkeypatch):
+    """Every other frame of the future may be anything."""
+    clips = Clips.__getitems__
+    config = Config(**vars(TINY) | {"horizon": 6, "key_frames": 2})
+    rows = [run(config, progress=False)["history"][0]]
+
+    def spoiled(self, numbers):
+        features = clips(self, numbers)
+        for x in features:
+            x[:, [3, 5, 7]] = torch.nan
+        return features
+
+    monkeypatch.setattr(Clips, "__getitems__", spoiled)
+    rows.append(run(config, progress=False)["history"][0])
+    assert rows[0]["loss"] == pytest.approx(rows[1]["loss"])
+    assert rows[0]["error6"] == pytest.approx(rows[1]["error6"])
+
+
+def test_key_frames_that_skip_the_last_frame_are_refused():
+    with pytest.raises(ConfigError, match=r"'key_frames' must divide 'horizon': .* Got 2 and 3"):
+        Config(key_frames=2)
 
 
 @pytest.mark.parametrize("video", [False, True])

@@ -9,8 +9,9 @@ from torch.distributions import Bernoulli, Normal, kl_divergence
 from predoc_lib.yolo import ROAD, Darknet
 from predoc_lib.yolo.objectives import (
     FLOOR,
-    FeatureCritic,
+    adversarial,
     class_weights,
+    critics,
     divergence,
     gaussian,
     gradient_difference,
@@ -147,22 +148,23 @@ def test_the_gaussian_likelihood_is_that_of_each_channels_own_variance():
     assert gaussian(predicted, true, ones).item() == pytest.approx(least.item() / numbers - constant, abs=1e-4)
 
 
-def test_the_critic_of_features_learns_to_tell_them_while_they_grow_more_alike(network):
-    """By one backward pass: its weights descend the game, predicted features climb it."""
+def test_critics_descend_the_game_that_predicted_features_climb(network):
     torch.manual_seed(0)
-    critic = FeatureCritic(network.shapes, 4).double()
-    scales = [torch.full((shape[0], 1, 1), 2.0, dtype=torch.float64) for shape in network.shapes]
-    true = [x[:, None] for x in features(network)]
+    judges = critics(network.shapes, 4).double()
+    scales = [torch.full((shape[0], 1, 1), 2.0 + k, dtype=torch.float64) for k, shape in enumerate(network.shapes)]
+    true = [torch.stack([x, x + 3], 1) for x in features(network)]
     made = [(x + 1).requires_grad_() for x in true]
-    loss = critic.game(made, true, scales)
+    loss = adversarial(judges, made, true, scales)
     loss.backward()
-    words = [
-        (net(x[:, 0] / 2), net(y[:, 0] / 2)) for net, x, y in zip(critic.nets, made, true, strict=True)
-    ]  # fmt: skip
-    honest = sum((1 + x.exp()).log().mean() + (1 + (-y).exp()).log().mean() for x, y in words) / 2
+    honest = 0
+    for k, (judge, x, y) in enumerate(zip(judges, made, true, strict=True)):
+        words = [[judge(z[:, t] / (2 + k)).sigmoid() for t in (0, 1)] for z in (x, y)]
+        made_up, real = (torch.stack(word) for word in words)
+        honest = honest - ((1 - made_up).log().mean() + real.log().mean()) / 2
     torch.testing.assert_close(loss, honest)
-    weights = list(critic.parameters())
-    wanted = torch.autograd.grad(honest, [*weights, *made])
-    for found, gradient in zip((*weights, *made), wanted, strict=True):
-        sign = -1 if any(found is x for x in made) else 1
-        torch.testing.assert_close(found.grad, sign * gradient)
+    weights = list(judges.parameters())
+    gradients = torch.autograd.grad(honest, [*weights, *made])
+    for found, gradient in zip(weights, gradients[: len(weights)], strict=True):
+        torch.testing.assert_close(found.grad, gradient)
+    for found, gradient in zip(made, gradients[len(weights) :], strict=True):
+        torch.testing.assert_close(found.grad, -gradient)
