@@ -168,7 +168,6 @@ def yolo_dynamics() -> dict[str, dict]:
         "road-ode-random": {"dynamics": "random"},
         "road-ode-gradient": {"gradient_weight": 0.5},
         "road-ode-adversarial": {"adversarial_weight": 0.05},
-        "road-ode-horizon": {"horizon": 6},
         "road-ode-key": {"horizon": 6, "key_frames": 2},
     }
     runs |= {name: run | SHORT for name, run in short.items()}
