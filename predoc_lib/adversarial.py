@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-def game(critic: nn.Module, made: Float[Tensor, "*any"], true: Float[Tensor, "*any"]) -> Float[Tensor, ""]:
+def game(critic: nn.Module, made: Float[Tensor, "*made"], true: Float[Tensor, "*true"]) -> Float[Tensor, ""]:
     """What the critic minimizes, and the maker of what is made maximizes.
 
     The critic's logits say what is true. It is the game in its first form: where the critic is sure, the maker's

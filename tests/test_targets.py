@@ -37,6 +37,27 @@ def test_predicted_features_keep_so_much_of_the_ceiling_and_more_than_what_costs
         assert precision("ode", drives, time, "ode") > precision("ode", drives, time, rival)
 
 
+def over_the_rival(drives, times):
+    """mAP50 of the ODE minus the ConvGRU's, mean over times, of each seed; and twice its standard deviation."""
+    runs = [
+        [metrics("yolo_dynamics", f"road-{kind}-seed{seed}")[drives] for kind in ("ode", "gru")] for seed in (0, 1, 2)
+    ]
+    by = [np.mean([ode[t]["ode"]["map50"] - gru[t]["gru"]["map50"] for t in times]) for ode, gru in runs]
+    return np.mean(by), 2 * np.std(by, ddof=1)
+
+
+@pytest.mark.parametrize("drives", ["truth", "aside"])
+@pytest.mark.parametrize("time", list("123456"))
+def test_predicted_features_are_at_least_level_with_the_rivals_at_whole_frames(drives, time):
+    by, sure = over_the_rival(drives, [time])
+    assert by >= -sure
+
+
+def test_predicted_features_are_above_the_rivals_half_way_on_the_test_drives():
+    by, sure = over_the_rival("truth", ["0.5", "1.5", "2.5", "3.5", "4.5", "5.5"])
+    assert by > sure
+
+
 @pytest.mark.parametrize("pair", ["RubberWhale", "motorcycle"])
 def test_fitted_flows_are_nearer_than_farnebacks_and_dis(pair):
     found = metrics("flow_warp", "pairs")[pair]
