@@ -10,8 +10,8 @@ def game(critic: nn.Module, made: Float[Tensor, "*made"], true: Float[Tensor, "*
     """What the critic minimizes, and the maker of what is made maximizes.
 
     The critic's logits say what is true. It is the game in its first form: where the critic is sure, the maker's
-    gradient vanishes. The gradient changes its sign on its way back to what is made (Ganin and
-    Lempitsky 2015), so critic and maker descend and climb at once, by one optimizer.
+    gradient vanishes. The gradient changes its sign on its way back to what is made (Ganin and Lempitsky 2015), so
+    critic and maker descend and climb at once, by one optimizer.
     """
     return F.softplus(-critic(true)).mean() + F.softplus(critic(Reversed.apply(made))).mean()
 

@@ -26,7 +26,7 @@ PLAIN = {"layout": "plain", "learning_rate": 1e-3}  # at 3e-3 it stays at the me
 # At 3e-3 both diverged, the ODE at step 1700: its field came to turn by 7 radians a frame, which rk4 with steps of one
 # frame makes grow a hundredfold a step (it is stable up to 2.8).
 CAREFUL = {"learning_rate": 1.5e-3, "step_size": 0.5}
-LONG = {"n_train": 4000, "batch_size": 16, "precision": "bfloat16"}  # where a processor has its instructions
+LONG = {"n_train": 4000, "batch_size": 16, "precision": "bfloat16"}  # where a processor has instructions for it
 SHORT = {"n_train": 700, "steps": 2000, "balanced": False, "kinetic": 0.0}
 KEEP = {  # runs whose weights a chapter loads
     "latent_ode": ("digits32-1-stride1-ode-seed0", "digits32-2-stride2-ode-seed0", "mnist64-2-stride2-ode-seed0"),
