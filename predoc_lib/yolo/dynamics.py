@@ -64,13 +64,31 @@ class ConvGRUCell(nn.Module):
         return (1 - update) * h + update * new
 
 
+class Overview(nn.Module):
+    """h + W (mean of h over all cells): every cell hears what all say together. W is zero at first.
+
+    A camera that turns moves everything at once, and no cell alone can tell that from a motion of its own.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.of_all = nn.Conv2d(width, width, 1)
+        nn.init.zeros_(self.of_all.weight)
+        nn.init.zeros_(self.of_all.bias)
+
+    def forward(self, h: Float[Tensor, "B W h w"]) -> Float[Tensor, "B W h w"]:
+        """The state, in the same shape."""
+        return h + self.of_all(h.mean((2, 3), keepdim=True))
+
+
 class Field(nn.Module):
     """f: d(h, s)/dt, by convolutions of h; dh/dt stays in (-1, 1), so no solve explodes."""
 
-    def __init__(self, width: int, moves: bool) -> None:
+    def __init__(self, width: int, moves: bool, overview: bool = False) -> None:
         super().__init__()
         self.width = width
         self.net = nn.Sequential(
+            *([Overview(width)] if overview else []),
             nn.Conv2d(width, width, 3, padding=1), nn.SiLU(),
             nn.Conv2d(width, width, 3, padding=2, dilation=2), nn.SiLU(),
             nn.Conv2d(width, width + 2 * moves, 3, padding=1),
@@ -94,12 +112,13 @@ class FeatureModel(nn.Module, abc.ABC):
         shapes: of the heads' features, ``Darknet.shapes``; every side divides the finest head's.
         width: channels of the state h.
         moves: the state has a displacement s, by which the last features are moved; else they stay where they were.
+        overview: every cell is told where in the frame it is, and what all cells say together (``Overview``).
 
     Raises:
         ValueError: sides that do not divide the finest head's, or a width below 1.
     """
 
-    def __init__(self, shapes: Shapes, width: int = 48, moves: bool = True) -> None:
+    def __init__(self, shapes: Shapes, width: int = 48, moves: bool = True, overview: bool = False) -> None:
         super().__init__()
         self.shapes, self.width, self.moves = [tuple(shape) for shape in shapes], width, moves
         self.grid = max(shape[1:] for shape in self.shapes)
@@ -115,6 +134,9 @@ class FeatureModel(nn.Module, abc.ABC):
         channels = sum(shape[0] for shape in self.shapes)
         self.enter = nn.Sequential(nn.Conv2d(2 * channels, width, 1), nn.SiLU())
         self.cell = ConvGRUCell(width, width)
+        self.place = nn.Conv2d(2, width, 1, bias=False) if overview else None
+        self.register_buffer("places", places(*self.grid), persistent=False)
+        self.overview = Overview(width) if overview else nn.Identity()
         self.priority = nn.Conv2d(width, 1, 1) if moves else None
         self.mix = nn.Sequential(
             nn.Conv2d(channels + width + 3 * moves, width, 1), nn.SiLU(),
@@ -161,11 +183,13 @@ class FeatureModel(nn.Module, abc.ABC):
             rates = x.diff(dim=1) / t.diff()[:, None, None, None]
             frames.append(torch.cat([x, torch.cat([torch.zeros_like(x[:, :1]), rates], 1)], 2).flatten(0, 1))
         weights = [torch.cat(pair, 1) for pair in zip(now, speed, strict=True)]
-        entered = self.enter[1](self.meet(frames, weights) + layer.bias[:, None, None])
-        entered = entered.unflatten(0, units[0].shape[:2])
+        entered = self.meet(frames, weights) + layer.bias[:, None, None]
+        if self.place is not None:
+            entered = entered + self.place(self.places)
+        entered = self.enter[1](entered).unflatten(0, units[0].shape[:2])
         h = entered.new_zeros(len(entered), self.width, *self.grid)
         for i in range(len(t)):
-            h = self.cell(entered[:, i], h)
+            h = self.overview(self.cell(entered[:, i], h))
         return h
 
     def decode(self, z: Float[Tensor, "Q B _ h w"], units: list[Float[Tensor, "B _ _ _"]]) -> Features:
@@ -238,6 +262,12 @@ class FeatureModel(nn.Module, abc.ABC):
             )
 
 
+def places(height: int, width: int) -> Float[Tensor, "1 2 h w"]:
+    """(x, y) of every cell, both from -1 to 1, left to right and top to bottom."""
+    y, x = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
+    return torch.stack([x, y])[None]
+
+
 def kinetic_energy(h: Float[Tensor, "Q _ _ _ _"], t: Shaped[Tensor, " Q"]) -> Float[Tensor, ""]:
     """The mean over time and over the numbers of the state of (dh/dt)^2 (eq. 6.17), from the states h at the times t.
 
@@ -252,9 +282,11 @@ def kinetic_energy(h: Float[Tensor, "Q _ _ _ _"], t: Shaped[Tensor, " Q"]) -> Fl
 class FeatureODE(FeatureModel):
     """Between and beyond the frames the state follows the Neural ODE; ``step_size``, in frames, is the solver's."""
 
-    def __init__(self, shapes: Shapes, width: int = 48, moves: bool = True, step_size: float = 1.0) -> None:
-        super().__init__(shapes, width, moves)
-        self.ode = NeuralODE(Field(width, moves), method="midpoint", step_size=step_size)
+    def __init__(
+        self, shapes: Shapes, width: int = 48, moves: bool = True, overview: bool = False, step_size: float = 1.0
+    ) -> None:
+        super().__init__(shapes, width, moves, overview)
+        self.ode = NeuralODE(Field(width, moves, overview), method="midpoint", step_size=step_size)
 
     def ahead(
         self, h: Float[Tensor, "B W h w"], units: list[Float[Tensor, "B _ _ _"]], ahead: Float[Tensor, " Q"]
@@ -268,9 +300,10 @@ class FeatureODE(FeatureModel):
 class FeatureGRU(FeatureModel):
     """The rival: a ConvGRU steps from whole frame to whole frame; features between two lie on the line between them."""
 
-    def __init__(self, shapes: Shapes, width: int = 48, moves: bool = False) -> None:
-        super().__init__(shapes, width, moves)
+    def __init__(self, shapes: Shapes, width: int = 48, moves: bool = False, overview: bool = False) -> None:
+        super().__init__(shapes, width, moves, overview)
         self.step = ConvGRUCell(0, width)
+        self.after = Overview(width) if overview else nn.Identity()
         self.velocity = nn.Conv2d(width, 2, 3, padding=1) if moves else None
         if moves:
             nn.init.zeros_(self.velocity.weight)
@@ -284,7 +317,7 @@ class FeatureGRU(FeatureModel):
         for _ in range(int(ahead[-1].ceil()) + 1):
             states.append(z)
             h, s = z[:, : self.width], z[:, self.width :]
-            h = self.step(h[:, :0], h)
+            h = self.after(self.step(h[:, :0], h))
             z = torch.cat([h, s + self.velocity(h) if self.moves else s], 1)
         whole = torch.stack(states)
         energy = kinetic_energy(whole[:, :, : self.width], torch.arange(len(whole), device=h.device))

@@ -19,9 +19,9 @@ class RandomFeatureODE(FeatureODE):
     """A ``FeatureODE`` whose start has ``noise`` random numbers in every cell; ``predict`` takes their mean."""
 
     def __init__(
-        self, shapes: Shapes, width: int = 48, moves: bool = True, step_size: float = 1.0, noise: int = 8
+        self, shapes: Shapes, width: int = 48, moves: bool = True, overview: bool = False, noise: int = 8
     ) -> None:
-        super().__init__(shapes, width, moves, step_size)
+        super().__init__(shapes, width, moves, overview)
         self.prior = nn.Conv2d(width, 2 * noise, 3, padding=1)
         self.posterior = nn.Conv2d(2 * width, 2 * noise, 3, padding=1)
         self.inject = nn.Conv2d(noise, width, 1, bias=False)

@@ -12,6 +12,7 @@ from predoc_lib.yolo.dynamics import (
     FeatureODE,
     Field,
     kinetic_energy,
+    places,
 )
 from predoc_lib.yolo.motion import FIRM
 
@@ -19,6 +20,7 @@ SHAPES = [(5, 2, 3), (4, 4, 6)]
 SEEN = torch.arange(3.0, dtype=torch.float64)
 MODELS = [(FeatureODE, True), (FeatureODE, False), (FeatureGRU, True), (FeatureGRU, False)]
 models = pytest.mark.parametrize(("kind", "moves"), MODELS)
+overviews = pytest.mark.parametrize("overview", [False, True])
 
 
 def features(t=3, batch=2):
@@ -47,18 +49,20 @@ def close(found, wanted, tol=1e-9):
         torch.testing.assert_close(x, y, atol=tol, rtol=0)
 
 
+@overviews
 @models
-def test_the_untrained_model_is_copy_last(kind, moves):
+def test_the_untrained_model_is_copy_last(kind, moves, overview):
     x, query = features(), times(2.0, 2.5, 4.0, 7.75)
-    model = small(kind, moves)
+    model = small(kind, moves, overview=overview)
     model.set_scales(x)
     close(model.predict(x, SEEN, query), CopyLast().predict(x, SEEN, query))
 
 
+@overviews
 @models
-def test_a_changed_model_is_not(kind, moves):
+def test_a_changed_model_is_not(kind, moves, overview):
     x, query = features(), times(3.0)
-    found = trained(kind, moves).predict(x, SEEN, query)
+    found = trained(kind, moves, overview=overview).predict(x, SEEN, query)
     assert min((a - b).abs().max() for a, b in zip(found, CopyLast().predict(x, SEEN, query), strict=True)) > 0.01
 
 
@@ -133,9 +137,45 @@ def test_the_ode_between_two_frames_is_not():
     assert max((a - b).abs().max() for a, b in zip(half, mean, strict=True)) > 1e-3
 
 
-def test_rivals_have_equal_parameters():
-    sizes = [sum(p.numel() for p in kind(SHAPES, 48, moves).parameters()) for kind, moves in MODELS]
+@overviews
+def test_rivals_have_equal_parameters(overview):
+    sizes = [sum(p.numel() for p in kind(SHAPES, 48, moves, overview).parameters()) for kind, moves in MODELS]
     assert max(sizes) < 1.02 * min(sizes)
+
+
+@pytest.mark.parametrize("overview", [False, True])
+@pytest.mark.parametrize("kind", [FeatureODE, FeatureGRU])
+def test_with_an_overview_a_cell_hears_the_farthest_at_once_and_without_it_does_not(kind, overview):
+    shape = (3, 4, 40)
+    model = kind([shape], 4, moves=False, overview=overview).double()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.2 * torch.randn_like(p))
+    x = torch.randn(1, 3, *shape, dtype=torch.float64)
+    other = x.clone()
+    other[..., 0] += 1
+    with torch.no_grad():
+        found, changed = (model.predict([y], SEEN, times(3.0))[0][..., -1] for y in (x, other))
+    assert ((found - changed).abs().max() > 1e-6) == overview
+
+
+def test_with_an_overview_alone_a_cell_knows_where_it_is():
+    """Far from every edge a convolution of features that are everywhere the same is the same in every cell."""
+    model = FeatureODE([(3, 4, 40)], 4, overview=True).double()
+    x = torch.ones(1, 3, 3, 4, 40, dtype=torch.float64)
+    for place in (True, False):
+        if not place:
+            torch.nn.init.zeros_(model.place.weight)
+        h = model.encode([x], SEEN)[..., 15:25]
+        assert (h.std(-1).max() > 1e-3) == place
+
+
+def test_places_go_from_the_upper_left_to_the_lower_right():
+    found = places(3, 5)[0]
+    assert found[:, 0, 0].tolist() == [-1, -1]
+    assert found[:, 2, 4].tolist() == [1, 1]
+    assert found[:, 0, 4].tolist() == [1, -1]
+    assert found[:, 1, 2].tolist() == [0, 0]
 
 
 def test_nothing_in_the_state_explodes():
@@ -155,9 +195,10 @@ def test_every_channel_is_measured_by_its_root_mean_square():
         assert (scale.flatten() / wanted - 1).abs().max() < 0.15
 
 
+@overviews
 @models
-def test_every_parameter_learns(kind, moves):
-    model = trained(kind, moves)
+def test_every_parameter_learns(kind, moves, overview):
+    model = trained(kind, moves, overview=overview)
     found = model.predict(features(), SEEN, times(3.0, 4.0))
     sum(y.square().sum() for y in found).backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
@@ -191,9 +232,10 @@ def test_grids_that_do_not_meet_and_no_state_are_refused(shapes, width):
         FeatureODE(shapes, width)
 
 
+@overviews
 @models
-def test_a_clip_is_predicted_alike_alone_and_in_a_batch(kind, moves):
-    model, x, later = trained(kind, moves), features(batch=3), times(2.5, 4.0)
+def test_a_clip_is_predicted_alike_alone_and_in_a_batch(kind, moves, overview):
+    model, x, later = trained(kind, moves, overview=overview), features(batch=3), times(2.5, 4.0)
     close([y[1:2] for y in model.predict(x, SEEN, later)], model.predict([y[1:2] for y in x], SEEN, later))
 
 

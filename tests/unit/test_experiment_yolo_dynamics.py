@@ -28,7 +28,7 @@ def counted(frames, drives=1):
 
 @pytest.mark.parametrize("dynamics", ["ode", "gru"])
 def test_a_run_leaves_a_record_and_weights_that_measure_the_same(tmp_path, dynamics):
-    config = Config(**vars(TINY) | {"dynamics": dynamics, "gradient_weight": 0.5, "adversarial_weight": 0.1})
+    config = Config(**vars(TINY) | {"dynamics": dynamics, "adversarial_weight": 0.1})
     record = run(config, tmp_path / "run", progress=False)
     assert results.load(tmp_path / "run") == record
     assert set(record["metrics"]["truth"]) == {f"{t:g}" for t in AHEAD.tolist()}
@@ -46,12 +46,14 @@ def test_a_run_leaves_a_record_and_weights_that_measure_the_same(tmp_path, dynam
     assert {name: wanted[name] for name in flat} == pytest.approx(flat, abs=1e-6)
 
 
-@pytest.mark.parametrize(("balanced", "kinetic"), [(True, 2.0), (False, 0.0)])
-def test_the_loss_is_of_features_heads_and_energy(balanced, kinetic):
-    config = Config(**vars(TINY) | {"steps": 1, "balanced": balanced, "kinetic": kinetic})
+@pytest.mark.parametrize(("balanced", "kinetic", "gradient"), [(True, 2.0, 0.5), (False, 0.0, 0.0)])
+def test_the_loss_is_of_features_heads_gradient_and_energy(balanced, kinetic, gradient):
+    change = {"steps": 1, "balanced": balanced, "kinetic": kinetic, "gradient_weight": gradient}
+    config = Config(**vars(TINY) | change)
     row = run(config, progress=False)["history"][0]
-    assert row["loss"] == pytest.approx(row["mse"] + 0.5 * row["heads"] + kinetic * row.get("energy", 0))
-    assert ("energy" in row) == bool(kinetic)
+    paid = kinetic * row.get("energy", 0) + gradient * row.get("edges", 0)
+    assert row["loss"] == pytest.approx(row["mse"] + 0.5 * row["heads"] + paid)
+    assert ("energy" in row, "edges" in row) == (bool(kinetic), bool(gradient))
     other = run(Config(**vars(config) | {"balanced": not balanced}), progress=False)["history"][0]
     assert other["heads"] != pytest.approx(row["heads"], rel=1e-4)
 
@@ -60,9 +62,8 @@ def test_a_critics_game_is_added_to_the_loss_and_changes_what_is_learned():
     plain = Config(**vars(TINY) | {"clip": 0.0})  # a clipped gradient feels every other
     config = Config(**vars(plain) | {"adversarial_weight": 0.3})
     first, last = (run(Config(**vars(config) | {"steps": n}), progress=False)["history"][0] for n in (1, 2))
-    assert first["loss"] == pytest.approx(
-        first["mse"] + 0.5 * first["heads"] + 2 * first["energy"] + 0.3 * first["game"]
-    )
+    paid = 0.5 * first["heads"] + 0.5 * first["edges"] + 2 * first["energy"] + 0.3 * first["game"]
+    assert first["loss"] == pytest.approx(first["mse"] + paid)
     without = run(plain, progress=False)["history"][0]
     assert last["error3"] != pytest.approx(without["error3"], rel=1e-6)
 
