@@ -2,6 +2,7 @@
 
 import ast
 import collections
+import dataclasses
 import importlib
 import json
 import operator
@@ -19,12 +20,15 @@ import jupytext
 import pytest
 import yaml
 
+from predoc_lib.experiments.config import build
+
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "book").rglob("*.md"))
 NOTEBOOKS = [page for page in PAGES if page.read_text().startswith("---\njupytext:")]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 REQUIRED_KEYS = {"experiment", "metrics", "config", "seed", "revision", "versions", "device", "wall_time_s"}
 REQUIRED_KEYS |= {"evaluations", "data", "date"}
+RECORDER = runpy.run_path(str(ROOT / "tools" / "record.py"))
 
 
 def name(path: Path) -> str:
@@ -114,6 +118,22 @@ def test_a_recorded_result_says_how_it_was_made(path):
     assert set(record) >= REQUIRED_KEYS
     assert record["experiment"] == path.relative_to(ROOT).parts[1]
     assert set(record["data"]) >= {"name", "sha256"}
+
+
+@pytest.mark.parametrize("experiment", RECORDER["PLANS"])
+def test_a_recorded_run_has_the_parameters_that_its_plan_gives_it(experiment):
+    """A default that has changed since would let ``tools/record.py`` make another run under its name."""
+    module = importlib.import_module(f"predoc_lib.experiments.{experiment}")
+    unsaid = dataclasses.asdict(build(module.Config, "book")) | getattr(module, "BEFORE", {})
+    found = 0
+    for run, parameters in RECORDER["PLANS"][experiment]().items():
+        path = ROOT / "results" / experiment / run / "metrics.json"
+        if path.exists():
+            found += 1
+            planned = dataclasses.asdict(build(module.Config, "book", **parameters))
+            recorded = unsaid | json.loads(path.read_text())["config"]
+            assert planned | {"device": recorded["device"]} == recorded, run
+    assert found
 
 
 def test_the_map_of_equations_names_functions_and_tests_that_exist():
