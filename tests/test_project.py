@@ -125,15 +125,19 @@ def test_a_recorded_run_has_the_parameters_that_its_plan_gives_it(experiment):
     """A default that has changed since would let ``tools/record.py`` make another run under its name."""
     module = importlib.import_module(f"predoc_lib.experiments.{experiment}")
     unsaid = dataclasses.asdict(build(module.Config, "book")) | getattr(module, "BEFORE", {})
-    found = 0
     for run, parameters in RECORDER["PLANS"][experiment]().items():
         path = ROOT / "results" / experiment / run / "metrics.json"
         if path.exists():
-            found += 1
             planned = dataclasses.asdict(build(module.Config, "book", **parameters))
             recorded = unsaid | json.loads(path.read_text())["config"]
             assert planned | {"device": recorded["device"]} == recorded, run
-    assert found
+
+
+def test_every_recorded_run_has_a_plan():
+    recorded = {path.parent.relative_to(ROOT / "results").parts for path in ROOT.glob("results/*/*/metrics.json")}
+    planned = {(experiment, run) for experiment, plan in RECORDER["PLANS"].items() for run in plan()}
+    of_benchmarks = {("flow_warp", name) for name in ("drives", "highway", "pairs")}
+    assert recorded - planned == of_benchmarks
 
 
 def test_the_map_of_equations_names_functions_and_tests_that_exist():

@@ -27,7 +27,7 @@ PLAIN = {"layout": "plain", "learning_rate": 1e-3}  # at 3e-3 it stays at the me
 # frame makes grow a hundredfold a step (it is stable up to 2.8).
 CAREFUL = {"learning_rate": 1.5e-3, "step_size": 0.5}
 LONG = {"n_train": 4000, "batch_size": 16, "precision": "bfloat16"}  # where a processor has instructions for it
-FORMER = {"overview": False, "gradient_weight": 0.0}  # as the first three designs were
+FORMER = {"overview": False, "gradient_weight": 0.0}  # as in the first three designs
 SHORT = FORMER | {"n_train": 700, "steps": 2000, "balanced": False, "kinetic": 0.0}
 KEEP = {  # runs whose weights a chapter loads
     "latent_ode": ("digits32-1-stride1-ode-seed0", "digits32-2-stride2-ode-seed0", "mnist64-2-stride2-ode-seed0"),
@@ -154,12 +154,12 @@ def yolo_detector() -> dict[str, dict]:
 
 
 def yolo_dynamics() -> dict[str, dict]:
-    """The same: the road's features through time, the ODE and its rival, on fewer drives too; what each choice buys."""
+    """The same: the road's features through time, the ODE and its rival, in every design; what each choice buys."""
     kinds = {"ode": {}, "gru": {"dynamics": "gru", "moves": False}}
     seeds = [(kind, own, seed) for seed in (0, 1, 2) for kind, own in kinds.items()]
     runs = {f"road-{kind}-seed{seed}": own | LONG | {"learning_rate": 4e-3, "seed": seed} for kind, own, seed in seeds}
-    runs |= {f"road-{kind}-4000-seed{seed}": own | FORMER | LONG | {"seed": seed} for kind, own, seed in seeds}
-    runs |= {f"road-{kind}-2000-seed{seed}": own | FORMER | {"seed": seed} for kind, own, seed in seeds}
+    runs |= {f"road-{kind}-third-seed{seed}": own | FORMER | LONG | {"seed": seed} for kind, own, seed in seeds}
+    runs |= {f"road-{kind}-second-seed{seed}": own | FORMER | {"seed": seed} for kind, own, seed in seeds}
     short = {f"road-{kind}-short-seed{seed}": own | {"seed": seed} for kind, own, seed in seeds}
     short |= {
         "road-gru-moves": {"dynamics": "gru"},

@@ -35,13 +35,10 @@ from predoc_lib.yolo.objectives import adversarial, critics, gaussian, gradient_
 TRAINING_SHARE = 0.7  # of a video's frames, the first; the others are measured
 MODELS = {"ode": FeatureODE, "gru": FeatureGRU, "random": RandomFeatureODE}
 LIKELIHOODS = {"mse": mse, "gaussian": gaussian}
-ASIDE = 2  # drives set aside for each of the test's: no choice of a model has looked at them
+ASIDE = 2  # drives set aside for each of the test's: they choose no model
 DRAWS = 5  # futures of a random model that are measured
-BEFORE = {
-    "balanced": False,
-    "kinetic": 0.0,
-    "overview": False,
-}  # what was done in runs that were recorded before there was a choice
+# What was done in runs that were recorded before there was a choice.
+BEFORE = {"balanced": False, "kinetic": 0.0, "overview": False}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -49,25 +49,10 @@ class Extrapolation:
         return [x[:, -1:] + ahead * (x[:, -1:] - x[:, -2:-1]) for x in features]
 
 
-class ConvGRUCell(nn.Module):
-    """A gated recurrent unit whose matrices are convolutions (Ballas et al. 2016); ``inputs`` may be 0."""
-
-    def __init__(self, inputs: int, width: int) -> None:
-        super().__init__()
-        self.gates = nn.Conv2d(inputs + width, 2 * width, 3, padding=1)
-        self.candidate = nn.Conv2d(inputs + width, width, 3, padding=1)
-
-    def forward(self, x: Float[Tensor, "B c h w"], h: Float[Tensor, "B W h w"]) -> Float[Tensor, "B W h w"]:
-        """The next state."""
-        reset, update = self.gates(torch.cat([x, h], 1)).sigmoid().chunk(2, 1)
-        new = self.candidate(torch.cat([x, reset * h], 1)).tanh()
-        return (1 - update) * h + update * new
-
-
 class Overview(nn.Module):
-    """h + W (mean of h over all cells): every cell hears what all say together. W is zero at first.
+    """Every cell hears what all say together: h + W (mean of h over the cells) + b; W and b are zero at first.
 
-    A camera that turns moves everything at once, and no cell alone can tell that from a motion of its own.
+    Whether the camera turns, only the whole picture tells, and convolutions bring it to a cell step by step.
     """
 
     def __init__(self, width: int) -> None:
@@ -81,8 +66,28 @@ class Overview(nn.Module):
         return h + self.of_all(h.mean((2, 3), keepdim=True))
 
 
+class ConvGRUCell(nn.Module):
+    """A gated recurrent unit whose matrices are convolutions (Ballas et al. 2016); ``inputs`` may be 0.
+
+    With an ``overview`` the convolutions read the state through one; it still stays in (-1, 1) if it starts there.
+    """
+
+    def __init__(self, inputs: int, width: int, overview: bool = False) -> None:
+        super().__init__()
+        self.read = Overview(width) if overview else nn.Identity()
+        self.gates = nn.Conv2d(inputs + width, 2 * width, 3, padding=1)
+        self.candidate = nn.Conv2d(inputs + width, width, 3, padding=1)
+
+    def forward(self, x: Float[Tensor, "B c h w"], h: Float[Tensor, "B W h w"]) -> Float[Tensor, "B W h w"]:
+        """The next state."""
+        read = self.read(h)
+        reset, update = self.gates(torch.cat([x, read], 1)).sigmoid().chunk(2, 1)
+        new = self.candidate(torch.cat([x, reset * read], 1)).tanh()
+        return (1 - update) * h + update * new
+
+
 class Field(nn.Module):
-    """f: d(h, s)/dt, by convolutions of h; dh/dt stays in (-1, 1), so no solve explodes."""
+    """f: d(h, s)/dt, by convolutions of h, or of its ``Overview``; dh/dt stays in (-1, 1), so no solve explodes."""
 
     def __init__(self, width: int, moves: bool, overview: bool = False) -> None:
         super().__init__()
@@ -135,7 +140,7 @@ class FeatureModel(nn.Module, abc.ABC):
         self.enter = nn.Sequential(nn.Conv2d(2 * channels, width, 1), nn.SiLU())
         self.cell = ConvGRUCell(width, width)
         self.place = nn.Conv2d(2, width, 1, bias=False) if overview else None
-        self.register_buffer("places", places(*self.grid), persistent=False)
+        self.register_buffer("places", places(*self.grid) if overview else None, persistent=False)
         self.overview = Overview(width) if overview else nn.Identity()
         self.priority = nn.Conv2d(width, 1, 1) if moves else None
         self.mix = nn.Sequential(
@@ -302,8 +307,7 @@ class FeatureGRU(FeatureModel):
 
     def __init__(self, shapes: Shapes, width: int = 48, moves: bool = False, overview: bool = False) -> None:
         super().__init__(shapes, width, moves, overview)
-        self.step = ConvGRUCell(0, width)
-        self.after = Overview(width) if overview else nn.Identity()
+        self.step = ConvGRUCell(0, width, overview)
         self.velocity = nn.Conv2d(width, 2, 3, padding=1) if moves else None
         if moves:
             nn.init.zeros_(self.velocity.weight)
@@ -317,7 +321,7 @@ class FeatureGRU(FeatureModel):
         for _ in range(int(ahead[-1].ceil()) + 1):
             states.append(z)
             h, s = z[:, : self.width], z[:, self.width :]
-            h = self.after(self.step(h[:, :0], h))
+            h = self.step(h[:, :0], h)
             z = torch.cat([h, s + self.velocity(h) if self.moves else s], 1)
         whole = torch.stack(states)
         energy = kinetic_energy(whole[:, :, : self.width], torch.arange(len(whole), device=h.device))

@@ -27,17 +27,20 @@ def features(t=3, batch=2):
     return [torch.randn(batch, t, *shape, dtype=torch.float64) for shape in SHAPES]
 
 
-def small(kind, moves, **options):
-    return kind(SHAPES, width=6, moves=moves, **options).double()
+def small(kind, moves, shapes=SHAPES, **options):
+    return kind(shapes, width=6, moves=moves, **options).double()
+
+
+def filled(network, by=0.2):
+    """As if trained: no parameter is zero."""
+    with torch.no_grad():
+        for p in network.parameters():
+            p.add_(by * torch.randn_like(p))
+    return network
 
 
 def trained(kind, moves, **options):
-    """As if trained: no parameter is zero."""
-    model = small(kind, moves, **options)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.2 * torch.randn_like(p))
-    return model
+    return filled(small(kind, moves, **options))
 
 
 def times(*values):
@@ -143,31 +146,41 @@ def test_rivals_have_equal_parameters(overview):
     assert max(sizes) < 1.02 * min(sizes)
 
 
-@pytest.mark.parametrize("overview", [False, True])
-@pytest.mark.parametrize("kind", [FeatureODE, FeatureGRU])
-def test_with_an_overview_a_cell_hears_the_farthest_at_once_and_without_it_does_not(kind, overview):
-    shape = (3, 4, 40)
-    model = kind([shape], 4, moves=False, overview=overview).double()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.2 * torch.randn_like(p))
-    x = torch.randn(1, 3, *shape, dtype=torch.float64)
+@overviews
+@pytest.mark.parametrize("network", ["field", "cell", "encoder"])
+def test_with_an_overview_a_cell_hears_the_farthest_at_once_and_without_it_does_not(network, overview):
+    shape = (4, 4, 40)
+    model = trained(FeatureODE, False, shapes=[shape], overview=overview)
+    cell = filled(ConvGRUCell(0, 6, overview).double())
+    reads = {
+        "field": lambda x: model.ode.f(SEEN[0], x),
+        "cell": lambda x: cell(x[:, :0], x),
+        "encoder": lambda x: model.encode([x[:, None, :4]], SEEN[:1]),
+    }
+    x = torch.randn(1, 6, *shape[1:], dtype=torch.float64)
     other = x.clone()
     other[..., 0] += 1
     with torch.no_grad():
-        found, changed = (model.predict([y], SEEN, times(3.0))[0][..., -1] for y in (x, other))
+        found, changed = (reads[network](y)[..., -1] for y in (x, other))
     assert ((found - changed).abs().max() > 1e-6) == overview
 
 
-def test_with_an_overview_alone_a_cell_knows_where_it_is():
+@overviews
+def test_a_recurrent_state_stays_between_minus_one_and_one(overview):
+    cell = filled(ConvGRUCell(0, 6, overview).double(), by=3.0)
+    h = 2 * torch.rand(2, 6, 4, 6, dtype=torch.float64) - 1
+    for _ in range(50):
+        h = cell(h[:, :0], h)
+    assert h.abs().max() <= 1
+
+
+@overviews
+def test_with_an_overview_alone_a_cell_knows_where_it_is_along_both_axes(overview):
     """Far from every edge a convolution of features that are everywhere the same is the same in every cell."""
-    model = FeatureODE([(3, 4, 40)], 4, overview=True).double()
-    x = torch.ones(1, 3, 3, 4, 40, dtype=torch.float64)
-    for place in (True, False):
-        if not place:
-            torch.nn.init.zeros_(model.place.weight)
-        h = model.encode([x], SEEN)[..., 15:25]
-        assert (h.std(-1).max() > 1e-3) == place
+    model = trained(FeatureODE, True, shapes=[(3, 30, 30)], overview=overview)
+    h = model.encode([torch.ones(1, 3, 3, 30, 30, dtype=torch.float64)], SEEN)[..., 10:20, 10:20]
+    for axis in (2, 3):
+        assert (h.std(axis).max() > 1e-3) == overview
 
 
 def test_places_go_from_the_upper_left_to_the_lower_right():
