@@ -157,7 +157,7 @@ def yolo_dynamics() -> dict[str, dict]:
     """The same: the road's features through time, the ODE and its rival, in every design; what each choice buys."""
     kinds = {"ode": {}, "gru": {"dynamics": "gru", "moves": False}}
     seeds = [(kind, own, seed) for seed in (0, 1, 2) for kind, own in kinds.items()]
-    runs = {f"road-{kind}-seed{seed}": own | LONG | {"learning_rate": 4e-3, "seed": seed} for kind, own, seed in seeds}
+    runs = {f"road-{kind}-seed{seed}": own | LONG | {"seed": seed} for kind, own, seed in seeds}
     runs |= {f"road-{kind}-third-seed{seed}": own | FORMER | LONG | {"seed": seed} for kind, own, seed in seeds}
     runs |= {f"road-{kind}-second-seed{seed}": own | FORMER | {"seed": seed} for kind, own, seed in seeds}
     short = {f"road-{kind}-short-seed{seed}": own | {"seed": seed} for kind, own, seed in seeds}
