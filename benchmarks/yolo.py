@@ -61,7 +61,7 @@ def measure(cfg: Path, size: int, rounds: int, device: torch.device) -> dict[str
     assert all(
         abs(a.cpu().numpy() - b).max() < 1e-3 * abs(b).max() for a, b in zip(features, theirs(image), strict=True)
     )
-    model = FeatureODE([tuple(x.shape[1:]) for x in features], overview=True).to(device).eval()
+    model = FeatureODE([tuple(x.shape[1:]) for x in features]).to(device).eval()
     context = [x[:, None].expand(-1, 3, -1, -1, -1).contiguous() for x in features]
     seen, ahead = torch.arange(3.0, device=device), torch.arange(3.0, 9.0, device=device)
     calls = {

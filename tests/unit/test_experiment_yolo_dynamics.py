@@ -28,7 +28,7 @@ def counted(frames, drives=1):
 
 @pytest.mark.parametrize("dynamics", ["ode", "gru"])
 def test_a_run_leaves_a_record_and_weights_that_measure_the_same(tmp_path, dynamics):
-    config = Config(**vars(TINY) | {"dynamics": dynamics, "adversarial_weight": 0.1})
+    config = Config(**vars(TINY) | {"dynamics": dynamics, "gradient_weight": 0.5, "adversarial_weight": 0.1})
     record = run(config, tmp_path / "run", progress=False)
     assert results.load(tmp_path / "run") == record
     assert set(record["metrics"]["truth"]) == {f"{t:g}" for t in AHEAD.tolist()}
@@ -62,7 +62,7 @@ def test_a_critics_game_is_added_to_the_loss_and_changes_what_is_learned():
     plain = Config(**vars(TINY) | {"clip": 0.0})  # a clipped gradient feels every other
     config = Config(**vars(plain) | {"adversarial_weight": 0.3})
     first, last = (run(Config(**vars(config) | {"steps": n}), progress=False)["history"][0] for n in (1, 2))
-    paid = 0.5 * first["heads"] + 0.5 * first["edges"] + 2 * first["energy"] + 0.3 * first["game"]
+    paid = 0.5 * first["heads"] + 2 * first["energy"] + 0.3 * first["game"]
     assert first["loss"] == pytest.approx(first["mse"] + paid)
     without = run(plain, progress=False)["history"][0]
     assert last["error3"] != pytest.approx(without["error3"], rel=1e-6)
