@@ -62,8 +62,9 @@ def test_a_critics_game_is_added_to_the_loss_and_changes_what_is_learned():
     plain = Config(**vars(TINY) | {"clip": 0.0})  # a clipped gradient feels every other
     config = Config(**vars(plain) | {"adversarial_weight": 0.3})
     first, last = (run(Config(**vars(config) | {"steps": n}), progress=False)["history"][0] for n in (1, 2))
-    paid = 0.5 * first["heads"] + 2 * first["energy"] + 0.3 * first["game"]
-    assert first["loss"] == pytest.approx(first["mse"] + paid)
+    assert first["loss"] == pytest.approx(
+        first["mse"] + 0.5 * first["heads"] + 2 * first["energy"] + 0.3 * first["game"]
+    )
     without = run(plain, progress=False)["history"][0]
     assert last["error3"] != pytest.approx(without["error3"], rel=1e-6)
 
