@@ -99,7 +99,7 @@ def draw(
     """
     times = [STEP * float(x) for x in t]
     kept = None
-    if DRAWN in os.environ:
+    if os.environ.get(DRAWN):
         key = repr((catalog.checksum("driving"), n, split, times, with_objects))
         kept = Path(os.environ[DRAWN]) / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
     if kept and kept.exists():

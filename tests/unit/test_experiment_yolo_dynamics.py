@@ -9,7 +9,7 @@ from predoc_lib import results
 from predoc_lib.data import driving
 from predoc_lib.data.driving import Objects
 from predoc_lib.experiments.config import ConfigError
-from predoc_lib.experiments.yolo_clips import AHEAD, Clips, Unseen, drawn_unseen, video_unseen
+from predoc_lib.experiments.yolo_clips import AHEAD, Clips, Unseen, draw, drawn_unseen, video_unseen
 from predoc_lib.experiments.yolo_dynamics import Config, data_of, load, load_detector, run
 from predoc_lib.experiments.yolo_measures import futures, measure, precisions
 from predoc_lib.files import FileError
@@ -159,6 +159,22 @@ def test_a_videos_unseen_clips_have_frames_half_way():
     assert context.tolist() == [0, 4, 8]
     assert future.tolist() == [8 + 4 * t for t in AHEAD.tolist()]
     assert unseen.objects is None
+
+
+@pytest.mark.parametrize("folder", ["kept", ""])
+def test_drives_are_kept_in_the_folder_that_is_named_and_nowhere_if_none_is(tmp_path, folder, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PREDOC_DRAWN", folder)
+    frames, objects = draw(2, "test", torch.arange(2.0), True)
+    kept = list(tmp_path.rglob("*.safetensors"))
+    assert [path.parent.name for path in kept] == [folder] * bool(folder)
+    if folder:
+        monkeypatch.setattr("predoc_lib.experiments.yolo_clips._drive", None)  # nothing is drawn again
+    again, same = draw(2, "test", torch.arange(2.0), True)
+    assert torch.equal(frames, again)
+    assert [[o.boxes.tolist() for o in drive] for drive in objects] == [
+        [o.boxes.tolist() for o in drive] for drive in same
+    ]
 
 
 def test_an_odd_stride_is_refused():
