@@ -18,6 +18,11 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
 
 
+def emulated(precision: str) -> bool:
+    """This processor has no instructions for the precision: an x86 one with no more than AVX2 has none for bfloat16."""
+    return precision == "bfloat16" and torch.backends.cpu.get_cpu_capability() == "AVX2"
+
+
 @contextlib.contextmanager
 def lower_precision(networks: list[nn.Module], precision: str, device: str) -> Iterator[None]:
     """Run the networks in bfloat16 inside the block, or leave them in float32; what they return is float32 again."""

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import os
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import nn
 from predoc_lib.batches import Share
 from predoc_lib.data import catalog
 from predoc_lib.naming import unknown
+from predoc_lib.precision import emulated
 from predoc_lib.training import PRECISIONS, warm_up_cosine
 
 PRESETS = ("smoke", "book", "thesis")
@@ -21,6 +23,10 @@ DEVICES = ("auto", "cpu", "cuda")
 TWICE = (
     "Parameter 'compile' must be False for objective {!r}: its loss holds a derivative, which training derives again, "
     "and torch.compile cannot."
+)
+EMULATED = (
+    "This processor has no instructions for bfloat16 and emulates it, which takes longer than float32 does. Use "
+    "precision 'float32', or a GPU."
 )
 NO_GPU = "device 'cuda' was asked for, but PyTorch finds no GPU here. Use 'auto' or 'cpu'."
 
@@ -106,12 +112,17 @@ class TrainingConfig:
             catalog.require(self.dataset)
 
     def require_machine(self, num_processes: int = 1) -> None:
-        """Raise ConfigError if the device is not there, or so many processes cannot share a GPU each or the batch."""
+        """Raise ConfigError if the device is not there, or so many processes cannot share a GPU each or the batch.
+
+        Warn of a precision that the processor has to emulate.
+        """
         gpus = torch.cuda.device_count()  # unlike is_available, it leaves CUDA as it is for processes that are forked
         if self.device == "cuda" and not gpus:
             raise ConfigError(NO_GPU)
         if self.device != "cpu" and 0 < gpus < num_processes:
             raise ConfigError(f"num_processes must be at most the number of GPUs here, {gpus}, got {num_processes}.")
+        if (self.device == "cpu" or not gpus) and emulated(self.precision):
+            warnings.warn(EMULATED, stacklevel=3)
         try:
             Share(self.batch_size, self.accumulate, num_processes, 0, self.seed)
         except ValueError as error:

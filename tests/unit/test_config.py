@@ -146,6 +146,23 @@ def test_what_this_machine_cannot_do_is_refused(gpus, processes, fields, message
         config.require_machine(processes)
 
 
+@pytest.mark.parametrize(
+    ("instructions", "gpus", "fields", "warned"),
+    [
+        ("AVX2", 0, {"precision": "bfloat16"}, True),
+        ("AVX2", 1, {"precision": "bfloat16", "device": "cpu"}, True),
+        ("AVX2", 1, {"precision": "bfloat16"}, False),
+        ("AVX2", 0, {}, False),
+        ("AVX512", 0, {"precision": "bfloat16"}, False),
+    ],
+)
+def test_a_run_says_if_its_precision_is_emulated(instructions, gpus, fields, warned, monkeypatch, recwarn):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: instructions)
+    build(Config, **fields).require_machine()
+    assert ["no instructions for bfloat16" in str(warning.message) for warning in recwarn] == [True] * warned
+
+
 # ---------------------------------------------------------------- the command line of an experiment
 
 

@@ -20,7 +20,7 @@ EXPERIMENTS = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:The model was trained")
+@pytest.mark.filterwarnings("ignore:The model was trained", "ignore:This processor has no instructions")
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_a_run_in_bfloat16_trains_other_weights_to_nearly_the_same_loss(name, tmp_path):
     module, few = EXPERIMENTS[name]
