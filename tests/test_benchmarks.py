@@ -18,6 +18,7 @@ from predoc_lib.results import ROOT
         ("precision", ["--quick"], 1),
         ("flow_warp", ["--only", "speed", "--rounds", "1"], 1),
         ("mimic", ["--quick"], 1),
+        ("yolo_drives", ["--sets", "2", "--drives", "2", "--skipped", "0"], 3),
         ("yolo", ["--rounds", "1", "--sizes", "96", "--cfg", ROOT / "predoc_lib/yolo/road.cfg"], 1),
     ],
 )

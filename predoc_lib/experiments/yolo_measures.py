@@ -77,7 +77,7 @@ def precisions(
     """{frames ahead: {method: {"map50", "map"}}}, all methods of ``found_by``."""
     found = found_by(network, predictors, unseen)
     truth = true_boxes(unseen, found["detector"], labels_above)
-    return _precisions(found, truth)
+    return precisions_of(found, truth)
 
 
 def measure(
@@ -96,7 +96,7 @@ def measure(
     truths = {"own": truth}
     if test.objects:
         truths = {"truth": truth, "own": [[one.above(labels_above) for one in at] for at in found["detector"]]}
-    figures: dict[str, Any] = {name: _precisions(found, truth) for name, truth in truths.items()}
+    figures: dict[str, Any] = {name: precisions_of(found, truth) for name, truth in truths.items()}
     held_out = found_by(network, predictors, validation)
     wanted = true_boxes(validation, held_out["detector"], labels_above)
     every = (1, int(AHEAD[-1]))
@@ -158,7 +158,8 @@ def _mean(heads: list[Float[Tensor, "B T _ _ _"]]) -> Float[Tensor, "B T"]:
     return sum(x.sum((2, 3, 4)) for x in heads) / sum(x[0, 0].numel() for x in heads)
 
 
-def _precisions(found: dict[str, Found], truth: list[list[Boxes]]) -> dict[str, dict[str, dict[str, float]]]:
+def precisions_of(found: dict[str, Found], truth: list[list[Boxes]]) -> dict[str, dict[str, dict[str, float]]]:
+    """{frames ahead: {method: {"map50", "map"}}}, from what methods find at every time of ``AHEAD``."""
     return {
         f"{ahead:g}": {name: _defined(mean_average_precision(at[i], truth[i])) for name, at in found.items()}
         for i, ahead in enumerate(AHEAD.tolist())
