@@ -19,8 +19,10 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
 
 
 def emulated(precision: str) -> bool:
-    """This processor has no instructions for the precision: an x86 one with no more than AVX2 has none for bfloat16."""
-    return precision == "bfloat16" and torch.backends.cpu.get_cpu_capability() == "AVX2"
+    """This is an x86 processor without instructions for bfloat16, if that is the precision (False if nobody knows)."""
+    has = getattr(torch.cpu, "get_capabilities", dict)()  # PyTorch 2.6 cannot tell
+    instructions = any(has.get(name) for name in ("avx512_bf16", "amx_bf16", "avx_ne_convert"))
+    return precision == "bfloat16" and has.get("architecture") == "x86_64" and not instructions
 
 
 @contextlib.contextmanager

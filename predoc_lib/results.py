@@ -242,7 +242,7 @@ def spread(values: list[float], digits: int = 1) -> str:
     """Mean and, of several runs, standard deviation, as text; a dash where there is no value."""
     if not values:
         return "–"
-    mean = f"{statistics.fmean(values):.{digits}f}"
+    mean = f"{statistics.fmean(values):z.{digits}f}"  # z: no minus before a zero
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 

@@ -1,12 +1,16 @@
 """Benchmarks run, and say on what; what they measure is for a quiet machine and is not tested."""
 
 import json
+import runpy
 import subprocess
 import sys
 
 import pytest
 
-from predoc_lib.results import ROOT
+from predoc_lib.experiments.yolo_clips import drawn_unseen
+from predoc_lib.experiments.yolo_dynamics import load
+from predoc_lib.experiments.yolo_measures import precisions
+from predoc_lib.results import RESULTS, ROOT
 
 
 @pytest.mark.slow
@@ -29,3 +33,16 @@ def test_a_benchmark_prints_ratios_and_writes_where_they_come_from(tmp_path, nam
     found = json.loads((tmp_path / "found.json").read_text())
     assert {"device", "revision", "torch"} <= found.keys()
     assert sum(isinstance(value, dict) for value in found.values()) == tables
+
+
+@pytest.mark.slow
+def test_sets_of_drives_and_all_as_one_have_the_figures_of_these_drives():
+    drives = runpy.run_path(str(ROOT / "benchmarks" / "yolo_drives.py"))
+    found = drives["measure"](drives["Settings"](sets=2, drives=3, skipped=1))
+    model, network, _ = load(RESULTS / "yolo_dynamics" / "road-ode-seed0")
+    for name, skip, n in (("all", 1, 7), ("2", 4, 7)):
+        unseen = drawn_unseen(network, n, "test", skip=skip)
+        wanted = precisions(network, {"ode": model}, unseen, 0)
+        for ahead, row in wanted.items():
+            for method, figures in row.items():
+                assert found[name][ahead][method] == pytest.approx(figures, abs=1e-6), (name, ahead, method)

@@ -147,18 +147,22 @@ def test_what_this_machine_cannot_do_is_refused(gpus, processes, fields, message
 
 
 @pytest.mark.parametrize(
-    ("instructions", "gpus", "fields", "warned"),
+    ("processor", "gpus", "fields", "warned"),
     [
-        ("AVX2", 0, {"precision": "bfloat16"}, True),
-        ("AVX2", 1, {"precision": "bfloat16", "device": "cpu"}, True),
-        ("AVX2", 1, {"precision": "bfloat16"}, False),
-        ("AVX2", 0, {}, False),
-        ("AVX512", 0, {"precision": "bfloat16"}, False),
+        ({"architecture": "x86_64"}, 0, {"precision": "bfloat16"}, True),
+        ({"architecture": "x86_64", "avx512_f": True}, 0, {"precision": "bfloat16"}, True),
+        ({"architecture": "x86_64"}, 1, {"precision": "bfloat16", "device": "cpu"}, True),
+        ({"architecture": "x86_64"}, 1, {"precision": "bfloat16"}, False),
+        ({"architecture": "x86_64"}, 0, {}, False),
+        ({"architecture": "x86_64", "avx512_bf16": True}, 0, {"precision": "bfloat16"}, False),
+        ({"architecture": "x86_64", "amx_bf16": True}, 0, {"precision": "bfloat16"}, False),
+        ({"architecture": "arm64"}, 0, {"precision": "bfloat16"}, False),
+        ({}, 0, {"precision": "bfloat16"}, False),
     ],
 )
-def test_a_run_says_if_its_precision_is_emulated(instructions, gpus, fields, warned, monkeypatch, recwarn):
+def test_a_run_says_if_its_precision_is_emulated(processor, gpus, fields, warned, monkeypatch, recwarn):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: instructions)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: processor, raising=False)
     build(Config, **fields).require_machine()
     assert ["no instructions for bfloat16" in str(warning.message) for warning in recwarn] == [True] * warned
 

@@ -126,7 +126,13 @@ def test_what_all_runs_of_a_card_have_is_said_once():
 
 @pytest.mark.parametrize(
     ("values", "digits", "text"),
-    [([], 1, "–"), ([2.26], 1, "2.3"), ([1.0, 2.0, 3.0], 1, "2.0 ± 1.0"), ([0.5, 0.5], 3, "0.500 ± 0.000")],
+    [
+        ([], 1, "–"),
+        ([2.26], 1, "2.3"),
+        ([1.0, 2.0, 3.0], 1, "2.0 ± 1.0"),
+        ([0.5, 0.5], 3, "0.500 ± 0.000"),
+        ([-0.01], 1, "0.0"),
+    ],
 )
 def test_spread_is_mean_and_standard_deviation(values, digits, text):
     assert results.spread(values, digits) == text
