@@ -28,6 +28,7 @@ def precision(kind, drives, time, method, share=False):
     return np.mean([row[method]["map50"] / (row["detector"]["map50"] if share else 1) for row in rows])
 
 
+# On the drives set aside the share at +6 is short by 0.3 points, and half-way the two tie: the chapter says so.
 @pytest.mark.parametrize(
     ("drives", "time", "share"), [("truth", "3", 0.90), ("truth", "6", 0.75), ("aside", "3", 0.90)]
 )
@@ -50,12 +51,44 @@ def over_the_rival(drives, times):
 @pytest.mark.parametrize("time", list("123456"))
 def test_predicted_features_are_at_least_level_with_the_rivals_at_whole_frames(drives, time):
     by, sure = over_the_rival(drives, [time])
-    assert by >= -sure
+    assert by >= -min(sure, 0.01)  # wide spreads excuse no more than a point
 
 
 def test_predicted_features_are_above_the_rivals_half_way_on_the_test_drives():
     by, sure = over_the_rival("truth", ["0.5", "1.5", "2.5", "3.5", "4.5", "5.5"])
     assert by > sure
+
+
+def on_a_thousand_drives(times, rival=None):
+    """Of the models of seed 0: share of the ceiling, or mAP50 above a rival; and its standard error from set to set."""
+    sets = metrics("yolo_dynamics", "drives")
+
+    def figure(rows):
+        ours, other = (np.mean([rows[t][name]["map50"] for t in times]) for name in ("ode", rival or "detector"))
+        return ours - other if rival else ours / other
+
+    found = {name: figure(rows) for name, rows in sets.items()}
+    whole = found.pop("all")
+    return whole, np.std(list(found.values()), ddof=1) / np.sqrt(len(found))
+
+
+@pytest.mark.parametrize(("time", "share"), [("3", 0.90), ("6", 0.75)])
+def test_seed_0s_features_keep_as_much_on_a_thousand_drives_more_and_more_than_what_costs_nothing(time, share):
+    assert on_a_thousand_drives([time])[0] >= share
+    for rival in ("copy-last", "extrapolation", "tracked"):
+        by, error = on_a_thousand_drives([time], rival)
+        assert by > 2 * error
+
+
+@pytest.mark.parametrize("time", list("123456"))
+def test_seed_0s_features_are_level_with_the_rivals_on_a_thousand_drives_more_at_whole_frames(time):
+    by, error = on_a_thousand_drives([time], "gru")
+    assert by >= -2 * error
+
+
+def test_seed_0s_features_are_above_the_rivals_on_a_thousand_drives_more_half_way():
+    by, error = on_a_thousand_drives(["0.5", "1.5", "2.5", "3.5", "4.5", "5.5"], "gru")
+    assert by > 2 * error
 
 
 @pytest.mark.parametrize("pair", ["RubberWhale", "motorcycle"])
