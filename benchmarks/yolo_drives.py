@@ -27,7 +27,10 @@ MEASURED = (1 + yolo_dynamics.ASIDE) * yolo_dynamics.Config().n_test  # drives, 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Recorded runs, and so many sets of so many drives, after some of the split; in all, they say when each starts."""
+    """Which recorded runs, and on how many sets of how many drives, after the first ``skipped`` of the split.
+
+    When a drive starts depends on how many there are in all, so that other numbers give other clips.
+    """
 
     runs: tuple[str, ...] = ("road-ode-seed0", "road-gru-seed0")
     sets: int = 10
@@ -71,11 +74,8 @@ def main() -> None:
         parser.error("--sets must be at least 2, --drives at least 1 and --skipped at least 0")
     if a.record:
         results.free_name("yolo_dynamics", "drives")
-    settings, device, started = (
-        Settings(sets=a.sets, drives=a.drives, skipped=a.skipped),
-        torch.device("cpu"),
-        time.time(),
-    )
+    settings = Settings(sets=a.sets, drives=a.drives, skipped=a.skipped)
+    device, started = torch.device("cpu"), time.perf_counter()
     results.revision()  # of the code that runs
     found = measure(settings)
     for ahead, methods in found["all"].items():
@@ -87,12 +87,15 @@ def main() -> None:
             of_all, moved = ratio.pop("all"), np.std(list(ratio.values()), ddof=1)
             print(f"+{ahead:4} {method:14} ratio to the detector {of_all:.3f}; of a set, +- {moved:.3f}")
     if a.out:
-        record = {"device": results.device_name(device), "revision": results.revision(), "torch": torch.__version__}
+        record = {
+            "device": results.device_name(device), "revision": results.revision(), "torch": torch.__version__,
+            "settings": dataclasses.asdict(settings),
+        }  # fmt: skip
         with whole(a.out) as temporary:
             temporary.write_text(json.dumps(record | found, indent=1) + "\n")
     if a.record:
         rec = results.record(
-            "yolo_dynamics", settings, found, device=device, wall_time_s=time.time() - started, evaluations=1,
+            "yolo_dynamics", settings, found, device=device, wall_time_s=time.perf_counter() - started, evaluations=1,
             history=[], data=yolo_dynamics.checksum(""),
         )  # fmt: skip
         results.save(results.free_name("yolo_dynamics", "drives"), rec)

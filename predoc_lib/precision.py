@@ -19,7 +19,7 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
 
 
 def emulated(precision: str) -> bool:
-    """This is an x86 processor without instructions for bfloat16, if that is the precision (False if nobody knows)."""
+    """Whether an x86 processor emulates the precision, for want of instructions; False where PyTorch cannot tell."""
     has = getattr(torch.cpu, "get_capabilities", dict)()  # PyTorch 2.6 cannot tell
     instructions = any(has.get(name) for name in ("avx512_bf16", "amx_bf16", "avx_ne_convert"))
     return precision == "bfloat16" and has.get("architecture") == "x86_64" and not instructions

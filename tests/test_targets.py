@@ -83,7 +83,7 @@ def test_seed_0s_features_keep_as_much_on_a_thousand_drives_more_and_more_than_w
 @pytest.mark.parametrize("time", list("123456"))
 def test_seed_0s_features_are_level_with_the_rivals_on_a_thousand_drives_more_at_whole_frames(time):
     by, error = on_a_thousand_drives([time], "gru")
-    assert by >= -2 * error
+    assert by >= -min(2 * error, 0.01)
 
 
 def test_seed_0s_features_are_above_the_rivals_on_a_thousand_drives_more_half_way():

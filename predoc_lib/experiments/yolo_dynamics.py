@@ -35,7 +35,7 @@ from predoc_lib.yolo.objectives import adversarial, critics, gaussian, gradient_
 TRAINING_SHARE = 0.7  # of a video's frames, the first; the others are measured
 MODELS = {"ode": FeatureODE, "gru": FeatureGRU, "random": RandomFeatureODE}
 LIKELIHOODS = {"mse": mse, "gaussian": gaussian}
-ASIDE = 2  # drives set aside for each of the test's: they choose no model
+ASIDE = 2  # drives set aside for each of the test's: designs were compared on them, no variant was
 DRAWS = 5  # futures of a random model that are measured
 BEFORE = {"balanced": False, "kinetic": 0.0}  # what was done in runs that were recorded before there was a choice
 
