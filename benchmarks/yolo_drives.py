@@ -47,6 +47,7 @@ def measure(settings: Settings) -> dict[str, dict]:
         predictors[config.dynamics] = model
     n, size = settings.skipped + settings.sets * settings.drives, settings.drives
     unseen = drawn_unseen(network, n, "test", skip=settings.skipped)
+    # What found_by finds, one method at a time, so that the bar moves.
     methods = {name: functools.partial(predicted, network, predictor, unseen) for name, predictor in predictors.items()}
     methods |= {
         "detector": functools.partial(detected, network, unseen.future),
@@ -72,8 +73,8 @@ def main() -> None:
     a = parser.parse_args()
     if min(a.sets - 1, a.drives, a.skipped + 1) < 1:
         parser.error("--sets must be at least 2, --drives at least 1 and --skipped at least 0")
-    if a.record:
-        results.free_name("yolo_dynamics", "drives")
+    if a.record and (results.RESULTS / "yolo_dynamics" / "drives").exists():
+        parser.error("results/yolo_dynamics/drives is there already: remove it to record it anew")
     settings = Settings(sets=a.sets, drives=a.drives, skipped=a.skipped)
     device, started = torch.device("cpu"), time.perf_counter()
     results.revision()  # of the code that runs
